@@ -1,0 +1,108 @@
+"""What a transport is: peers with addresses, links between them, records that travel on links.
+
+A *record* is one message of the protocol: a header (encoded by `wire.messages`) and raw buffers
+beside it. A *link* is one connection, made by one side (`outbound` there) and met by the other; it
+keeps the order of its records. Records sent within one pass of the event loop travel together.
+What records mean is decided by `peer/`; this package moves them, and says when a link is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+Buffer = bytes | bytearray | memoryview
+"""A contiguous stretch of bytes. Given to `send`, it must not change until it has left."""
+
+
+class Record(NamedTuple):
+    """One message: an encoded header, and the buffers that belong to it."""
+
+    header: bytes
+    buffers: Sequence[Buffer] = ()
+
+
+class Link(Protocol):
+    """One connection between two peers. Used on the event loop's thread only."""
+
+    @property
+    def peer(self) -> str:
+        """Id of the process at the other end (contains its incarnation)."""
+        ...
+
+    @property
+    def outbound(self) -> bool:
+        """True on the side that made the connection."""
+        ...
+
+    def send(self, record: Record) -> None:
+        """Queue a record; it leaves by the end of this loop pass. Dropped when the link is lost
+        (the receiver has been told by `link_lost` then). Never blocks, never raises for the network."""
+        ...
+
+    def queued_bytes(self) -> int:
+        """Bytes that were sent here and have not left yet."""
+        ...
+
+    async def drain(self) -> None:
+        """Return once the queue is short again (or the link is lost). Senders of much call it."""
+        ...
+
+    def close(self) -> None:
+        """Flush what is queued (bounded by the transport's linger) and end the link."""
+        ...
+
+
+class Receiver(Protocol):
+    """What a transport calls, on the event loop's thread. None of these may raise or block."""
+
+    def received(self, link: Link, record: Record) -> None:
+        """One record came in. Inbound links are first seen here. Buffers belong to the receiver."""
+        ...
+
+    def link_lost(self, link: Link, reason: str) -> None:
+        """The link has ended: the other side is gone, refused us, or broke the protocol.
+        Called once for a link; not called for those that `close` ended."""
+        ...
+
+
+class TransportStatistics(NamedTuple):
+    """Counts since the start. `rejected`: connections ended for what they sent, by reason."""
+
+    links: int
+    records_in: int
+    records_out: int
+    messages_in: int
+    messages_out: int
+    bytes_in: int
+    bytes_out: int
+    rejected: dict[str, int]
+
+
+class Transport(Protocol):
+    """One process's access to the network."""
+
+    @property
+    def peer(self) -> str:
+        """Our own id."""
+        ...
+
+    @property
+    def address(self) -> str:
+        """Where others reach us; valid after `start`. See `transport.address`."""
+        ...
+
+    async def start(self, receiver: Receiver) -> None:
+        """Bind. Raises `ConfigError` when the address cannot be bound, naming it."""
+        ...
+
+    def connect(self, peer: str, address: str) -> Link:
+        """A new outbound link, or the living one to that peer. Returns at once; records that are
+        sent before it is up wait. A peer that cannot be reached is a `link_lost`."""
+        ...
+
+    async def close(self, linger: float = 1.0) -> None:
+        """Flush for at most `linger` seconds, then end everything. Idempotent."""
+        ...
+
+    def statistics(self) -> TransportStatistics: ...

@@ -2,10 +2,12 @@
 
     RuntimeFault                     anything that this package raises on purpose; `.reason` in words
     ├─ MisuseError (ValueError)      the caller is wrong: bad argument, unknown role, wrong thread
+    │  ├─ ArgumentError (TypeError)  arguments do not fit the signature of what was called
     │  └─ VersionConflict            a conditional `kv.put` met another version
     ├─ NotExposedError (AttributeError)  the peer has no such method; lists what it has
     ├─ RemoteError                   the handler over there raised
     ├─ PeerLostError (ConnectionError)   the process that was called is gone
+    ├─ CallGroupError (ExceptionGroup)   calls to several members of a group failed
     ├─ WorkerFailureError            one or more workers of a group failed
     ├─ BarrierBroken                 a barrier cannot be completed any more
     ├─ Timeout (TimeoutError)        waited as long as was asked
@@ -24,7 +26,7 @@ How a `RemoteError` is made from the wire is `wire.codec`'s business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -41,6 +43,10 @@ class RuntimeFault(Exception):
 
 class MisuseError(RuntimeFault, ValueError):
     """The caller is wrong. The text names what was found and what would be right."""
+
+
+class ArgumentError(MisuseError, TypeError):
+    """Arguments do not fit the signature of what was called, or cannot be sent."""
 
 
 class VersionConflict(MisuseError):
@@ -134,6 +140,37 @@ class WorkerFailureError(RuntimeFault):
         self.partial = dict(partial or {})
 
 
+class CallGroupError(RuntimeFault, ExceptionGroup[Exception]):
+    """Members of a group failed in one call. `.exceptions` as in every group (so `except*` works);
+    `.failures` names each failed member, `.partial` holds the results of the others by index."""
+
+    failures: list[Failure]
+    partial: dict[int, Any]
+
+    def __new__(
+        cls,
+        reason: str,
+        exceptions: Sequence[Exception],
+        failures: Sequence[Failure] = (),
+        partial: dict[int, Any] | None = None,
+    ) -> CallGroupError:
+        return super().__new__(cls, reason, exceptions)
+
+    def __init__(
+        self,
+        reason: str,
+        exceptions: Sequence[Exception],
+        failures: Sequence[Failure] = (),
+        partial: dict[int, Any] | None = None,
+    ) -> None:
+        super().__init__(reason, exceptions)
+        self.failures, self.partial = list(failures), dict(partial or {})
+
+    def derive(self, excs: Sequence[Exception]) -> CallGroupError:  # type: ignore[override]
+        kept = [failure for failure in self.failures if failure.error in excs]
+        return CallGroupError(self.reason, excs, kept, self.partial)
+
+
 class BarrierBroken(RuntimeFault):
     """`.name` of the barrier, `.missing` actor names that cannot arrive any more."""
 
@@ -199,8 +236,31 @@ class CheckpointCorrupt(CheckpointError):
 
 
 class WireError(RuntimeFault, ValueError):
-    """Bytes of a peer that are not our protocol. The connection they came by ends; no other does."""
+    """Bytes of a peer that are not our protocol. The connection they came by ends; no other does.
+
+    `.reason` is one of a few fixed phrases ("truncated", "version"), fit to be counted; `.detail` says
+    what was found this time.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 class ConfigError(RuntimeFault, ValueError):
     """A setting is wrong: the text names file, line or key, what was found and what is allowed."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean x?)" for a message, where `known` has something close to `name`; else ""."""
+    import difflib  # only for messages: it would cost every start a millisecond
+
+    # The dashes of options are like each other, which says nothing.
+    names = {other.lstrip("-"): other for other in known}
+    bare = name.lstrip("-")
+    close = [other for other in names if len(bare) > 2 and other.startswith(bare)]
+    close = close or difflib.get_close_matches(bare, names, n=1, cutoff=0.6)
+    return f" (did you mean {names[close[0]]}?)" if close else ""

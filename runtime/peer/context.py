@@ -2,20 +2,22 @@
 
 `RoleGroup("actor")`, `barrier("x")` or `@rpc` in a user's script name no connection; they find it here.
 The composition (`node.py`) installs it when it starts and removes it when it closes. Apart from this
-slot no module of the package has state of its own.
+slot, and the list of declared functions in `method.py`, no module of the package has state of its own.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from runtime.errors import MisuseError
 from runtime.job import ActorInfo
+from runtime.peer.method import listen
 
 if TYPE_CHECKING:
+    import asyncio
+
     from runtime.peer.endpoint import Endpoint
 
 
@@ -60,16 +62,27 @@ class Context:
     """`control.client.ControlClient`; typed loosely since control stands above this layer."""
 
 
+_OUTSIDE = (
+    "this process is not part of a job: start it with `python -m runtime.launch script.py`, "
+    "or call `runtime.init()` under torchrun"
+)
+
+
 class _Slot:
     current: Context | None = None
+    starter: Callable[[], None] | None = None
+    absent: str = _OUTSIDE
+    held: Any = None
 
 
 _slot = _Slot()
 
 
 def install(context: Context | None) -> None:
-    """Make `context` the process's own; None removes it."""
+    """Make `context` the process's own; None removes it. Functions declared with `@rpc(export=True)`
+    are exposed by it, also those of modules that are imported later."""
     _slot.current = context
+    listen(context.endpoint.export_function if context is not None else None)
 
 
 def installed() -> Context | None:
@@ -77,11 +90,28 @@ def installed() -> Context | None:
     return _slot.current
 
 
+def on_first_use(starter: Callable[[], None] | None, absent: str = _OUTSIDE) -> None:
+    """Call `starter` when `current` is first asked for and no node runs: it must start one and
+    install its context. None: there is none to start, and `absent` says why."""
+    _slot.starter, _slot.absent = starter, absent
+
+
+def hold(spec: Any) -> None:
+    """Keep what this process was started as (a `launcher.plan.WorkerSpec`) for a node that the program
+    makes itself; None: it may not make one (any more)."""
+    _slot.held = spec
+
+
+def held() -> Any:
+    """What `hold` kept; None in a process that has no node to make."""
+    return _slot.held
+
+
 def current() -> Context:
-    """The running node of this process; `MisuseError` outside of a job."""
+    """The running node of this process, started now where it starts on first use; `MisuseError`
+    outside of a job."""
+    if _slot.current is None and _slot.starter is not None:
+        _slot.starter()
     if _slot.current is None:
-        raise MisuseError(
-            "this process is not part of a job: start it with `python -m runtime.launch script.py`, "
-            "or call `runtime.init()` under torchrun"
-        )
+        raise MisuseError(_slot.absent)
     return _slot.current

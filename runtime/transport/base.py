@@ -8,18 +8,10 @@ What records mean is decided by `peer/`; this package moves them, and says when 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-Buffer = bytes | bytearray | memoryview
-"""A contiguous stretch of bytes. Given to `send`, it must not change until it has left."""
-
-
-class Record(NamedTuple):
-    """One message: an encoded header, and the buffers that belong to it."""
-
-    header: bytes
-    buffers: Sequence[Buffer] = ()
+from runtime.wire.frames import Buffer as Buffer
+from runtime.wire.frames import Record as Record
 
 
 class Link(Protocol):

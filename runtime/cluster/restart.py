@@ -1,0 +1,478 @@
+"""What happens when a worker ends: restart, stop, or the end of the job. The pure machine "supervision".
+
+The agents report how each of their processes ended; the machine answers with *directives* to the agents
+(`Send`): start these actors, stop those, the job has ended. Policies, by role:
+
+    gang    one fails: the others of the role are stopped, then all start again as the next attempt
+    one     only the one that failed starts again
+    never   a failure is the end of the job
+
+Each role (gang) or actor (one) may be restarted `max` times. The job ends well when every actor of every
+driver role has returned 0; the other roles are then asked to stop. It ends badly when a failure cannot be
+restarted, when it is stopped from outside, or when its time is up.
+
+Which failure was the *first* is decided at the end, when all are known: what a worker does after it was
+asked to stop is no failure; an error that only tells of another worker's death is a consequence of it; of
+the rest the earliest counts, by the time in its own error report where there is one. A death by signal is
+taken to be a moment earlier than it was seen: the errors that it causes can be reported before it is.
+
+Three attempts of a role that fail with the same error at the same reported step are not tried a fourth time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from runtime.control.messages import Operation, mapping, operation, text, whole
+from runtime.errors import MisuseError
+from runtime.machine import Call, Effect, Emit, Message, Reply, Send
+
+_SIGTERM = 15
+_SIGNAL_HEAD_START_S = 0.1
+_SAME_FAILURES = 3
+_FAILURES_KEPT = 256
+_CONSEQUENCES = ("PeerLostError", "BarrierBroken", "WorkerFailureError")
+
+TIMED_OUT = 124
+
+
+@dataclass(slots=True)
+class _Actor:
+    """One planned actor. `state`: "idle", "running", "stopping" (asked to), "done", "failed"."""
+
+    name: str
+    rank: int
+    agent: str
+    host: str
+    state: str = "idle"
+    incarnation: int = -1
+    restarts: int = 0
+
+    @property
+    def alive(self) -> bool:
+        return self.state in ("running", "stopping")
+
+
+@dataclass(slots=True)
+class _Role:
+    name: str
+    policy: str
+    max: int
+    driver: bool
+    actors: list[_Actor]
+    attempt: int = 0
+    restarting: bool = False
+    stop_seen: float | None = None
+    """Wall clock when its actors were asked to stop, in this attempt."""
+    signatures: dict[str, list[list[Any]]] = field(default_factory=dict)
+    """By actor ("" for a gang): what the last attempts failed with."""
+
+
+@dataclass(slots=True)
+class _Failure:
+    """One failed process. Times are wall clock, from the reports of the agents."""
+
+    name: str
+    role: str
+    rank: int
+    host: str
+    pid: int
+    attempt: int
+    incarnation: int
+    code: int
+    signal: int
+    cause: str
+    at: float
+    error: dict[str, Any]
+    step: int | None = None
+    recovered: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal if self.signal else self.code
+
+    @property
+    def happened(self) -> float:
+        return self.at - (_SIGNAL_HEAD_START_S if self.signal and not self.error else 0.0)
+
+    def blames(self) -> str | None:
+        """The text of an error that tells of somebody else's death; None when it is of its own."""
+        if str(self.error.get("type", "")).rpartition(".")[2] in _CONSEQUENCES:
+            return str(self.error.get("message", ""))
+        return None
+
+
+class Supervision:
+    """The machine "supervision".
+
+    Operations: begin{roles, stop_timeout_s, restart_timeout_s, timeout_s?}, exited{name, incarnation,
+    pid, code, signal, cause, at, seen, error, step} -> {final}, stop{reason, code, seen}, kill{seen},
+    status{}. A role is {name, policy, max, driver, actors: [{name, rank, agent, host}]}.
+    Directives: start{role, attempt, actors: {name: incarnation}}, stop{names, grace_s, why},
+    kill{names}, end{code, reason, first, others}.
+    """
+
+    def __init__(self) -> None:
+        self._roles: dict[str, _Role] = {}
+        self._failures: list[_Failure] = []
+        self._stage = "new"
+        self._code: int | None = None
+        self._reason = ""
+        self._stop_timeout_s = self._restart_timeout_s = 10.0
+        self._deadline: float | None = None
+        self._timeout_s = 0.0
+        self._seen = 0.0
+        """Wall clock of the report on the latest failure."""
+        self._operations: dict[str, Operation] = {
+            "begin": self._begin,
+            "exited": self._exited,
+            "stop": self._stop,
+            "kill": self._kill,
+            "status": self._status,
+        }
+
+    # -- the machine --------------------------------------------------------------------------
+
+    def handle(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        return operation("supervision", self._operations, message)(message, call, now)
+
+    def tick(self, now: float) -> list[Effect]:
+        if self._deadline is None or now < self._deadline:
+            return []
+        self._deadline = None
+        if self._stage not in ("running", "finishing"):
+            return []
+        return self._stop_all(f"the job did not end within {self._timeout_s:g} s", TIMED_OUT, None)
+
+    def deadline(self) -> float | None:
+        return self._deadline
+
+    def cancelled(self, call: Call, now: float) -> list[Effect]:
+        return []  # every question is answered at once
+
+    def lost(self, peer: str, cause: str, now: float) -> list[Effect]:
+        """A process is gone; how it ended and what follows comes with `exited`. A lost agent takes
+        its workers with it: they fail here."""
+        effects: list[Effect] = []
+        for role in self._roles.values():
+            for actor in role.actors:
+                if actor.agent == peer and actor.alive:
+                    effects += self._ended(role, actor, _lost_report(actor, cause))
+        return effects
+
+    def why(self, call: Call) -> str | None:
+        return None
+
+    def dump(self) -> dict[str, Any]:
+        return {
+            "roles": [asdict(role) for role in self._roles.values()],
+            "failures": [asdict(failure) for failure in self._failures],
+            "stage": self._stage,
+            "code": self._code,
+            "reason": self._reason,
+            "timeouts": [self._stop_timeout_s, self._restart_timeout_s, self._timeout_s],
+            "deadline": self._deadline,
+            "seen": self._seen,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        roles = [
+            _Role(**{**role, "actors": [_Actor(**actor) for actor in role["actors"]]})
+            for role in state["roles"]
+        ]
+        self._roles = {role.name: role for role in roles}
+        self._failures = [_Failure(**failure) for failure in state["failures"]]
+        self._stage, self._code, self._reason = state["stage"], state["code"], state["reason"]
+        self._stop_timeout_s, self._restart_timeout_s, self._timeout_s = state["timeouts"]
+        self._deadline, self._seen = state["deadline"], state["seen"]
+
+    # -- operations ---------------------------------------------------------------------------
+
+    def _begin(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        if self._stage != "new":
+            raise MisuseError("the job has begun already")
+        roles = [_role_from(item) for item in message.get("roles") or []]
+        if not any(role.driver and role.actors for role in roles):
+            raise MisuseError("a job needs at least one actor of a driver role")
+        self._roles = {role.name: role for role in roles}
+        self._stop_timeout_s = float(message.get("stop_timeout_s", 10.0))
+        self._restart_timeout_s = float(message.get("restart_timeout_s", self._stop_timeout_s))
+        if message.get("timeout_s") is not None:
+            self._timeout_s = float(message["timeout_s"])
+            self._deadline = now + self._timeout_s
+        self._stage = "running"
+        effects: list[Effect] = []
+        for role in roles:
+            effects += self._start(role, role.actors)
+        return effects + _answer(call, {})
+
+    def _exited(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        role, actor = self._actor(text(message, "name"))
+        if whole(message, "incarnation") != actor.incarnation or not actor.alive:
+            return _answer(call, {"final": True})
+        effects = self._ended(role, actor, message)
+        # Taken after the decision: whether this actor is to be started again.
+        final = self._stage != "running" or not (role.restarting or actor.alive)
+        return effects + _answer(call, {"final": final})
+
+    def _stop(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        seen = message.get("seen")
+        effects = self._stop_all(text(message, "reason"), whole(message, "code"), seen)
+        return effects + _answer(call, {})
+
+    def _kill(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        if self._stage in ("running", "finishing"):
+            effects += self._stop_all(text(message, "reason"), whole(message, "code"), None)
+        return effects + self._to_agents(
+            self._alive(), lambda names: _directive("kill", names=names)
+        )
+
+    def _status(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        roles = {
+            role.name: {
+                "attempt": role.attempt,
+                "actors": {actor.name: actor.state for actor in role.actors},
+            }
+            for role in self._roles.values()
+        }
+        return _answer(call, {"stage": self._stage, "roles": roles, "reason": self._reason})
+
+    # -- what an end means --------------------------------------------------------------------
+
+    def _ended(self, role: _Role, actor: _Actor, report: Message) -> list[Effect]:
+        asked = actor.state == "stopping"
+        code, number = whole(report, "code", 0), whole(report, "signal", 0)
+        actor.state = "done" if code == number == 0 else "failed"
+        failed = actor.state == "failed" and self._note(role, actor, report, asked)
+        if self._stage in ("stopping", "finishing"):
+            return self._maybe_end()
+        if self._stage != "running":
+            return []
+        if role.restarting:
+            return self._maybe_restart(role)
+        if failed and not asked:
+            return self._failed(role, actor)
+        return self._maybe_finish()
+
+    def _note(self, role: _Role, actor: _Actor, report: Message, asked: bool) -> bool:
+        """Keep a failure, unless it only did what it was asked to. True when it is one."""
+        error = mapping(report, "error", {})
+        seen = float(report.get("seen") or 0.0)
+        at = float(report.get("at") or seen)
+        number = whole(report, "signal", 0)
+        if asked and role.stop_seen is not None:
+            # Before the stop could have reached it: an error of its own, or somebody else's signal.
+            own = at < role.stop_seen if error else number not in (0, _SIGTERM)
+            if not own or (not error and seen > role.stop_seen + _SIGNAL_HEAD_START_S):
+                return False
+        failure = _Failure(
+            actor.name,
+            role.name,
+            actor.rank,
+            actor.host,
+            whole(report, "pid", 0),
+            role.attempt,
+            actor.incarnation,
+            whole(report, "code", 0),
+            number,
+            text(report, "cause", ""),
+            at,
+            error,
+            report.get("step"),
+        )
+        self._failures = [*self._failures, failure][-_FAILURES_KEPT:]
+        if role.stop_seen is None:
+            role.stop_seen = self._seen = seen or at
+        return True
+
+    def _failed(self, role: _Role, actor: _Actor) -> list[Effect]:
+        if role.policy == "one":
+            return self._failed_alone(role, actor)
+        if role.policy == "gang" and role.attempt < role.max:
+            role.restarting = True
+            others = [other for other in role.actors if other.alive]
+            stop = self._stop_actors(others, self._restart_timeout_s, f"{actor.name} failed")
+            return stop + self._maybe_restart(role)
+        return self._give_up("")
+
+    def _failed_alone(self, role: _Role, actor: _Actor) -> list[Effect]:
+        failure = self._failures[-1]
+        if actor.restarts >= role.max:
+            return self._give_up("")
+        if reason := self._repeated(role, failure, actor.name):
+            return self._give_up(reason)
+        actor.restarts += 1
+        failure.recovered, role.stop_seen = True, None
+        return [_restarting(role, [actor], failure, actor.restarts), *self._start(role, [actor])]
+
+    def _maybe_restart(self, role: _Role) -> list[Effect]:
+        if any(actor.alive for actor in role.actors):
+            return []
+        role.restarting = False
+        mine = [f for f in self._failures if f.role == role.name and not f.recovered]
+        first = _first(mine)
+        assert first is not None
+        if reason := self._repeated(role, first, ""):
+            return self._give_up(reason)
+        for failure in mine:
+            failure.recovered = True
+        role.attempt += 1
+        role.stop_seen = None
+        told = _restarting(role, role.actors, first, role.attempt)
+        return [told, *self._start(role, role.actors)]
+
+    def _repeated(self, role: _Role, failure: _Failure, key: str) -> str:
+        """In words, if the same error came at the same step in three attempts running."""
+        error = failure.error
+        signature = [error.get("type"), error.get("message"), error.get("traceback"), failure.step]
+        last = [*role.signatures.get(key, []), signature][-_SAME_FAILURES:]
+        role.signatures[key] = last
+        if failure.step is None or not error or last != [signature] * _SAME_FAILURES:
+            return ""
+        return (
+            f"{failure.name} failed with the same error at step {failure.step} in {_SAME_FAILURES} "
+            "attempts running: not restarted again"
+        )
+
+    def _give_up(self, reason: str) -> list[Effect]:
+        """The job fails. With what code is decided when everybody has ended."""
+        return self._stop_all(reason, None, None)
+
+    def _maybe_finish(self) -> list[Effect]:
+        drivers = [a for role in self._roles.values() if role.driver for a in role.actors]
+        if not all(actor.state == "done" for actor in drivers):
+            return []
+        self._stage, self._code = "finishing", 0
+        stop = self._stop_actors(self._alive(), self._stop_timeout_s, "the job is finished")
+        return stop + self._maybe_end()
+
+    # -- stopping -----------------------------------------------------------------------------
+
+    def _stop_all(self, reason: str, code: int | None, seen: float | None) -> list[Effect]:
+        if self._stage not in ("running", "finishing"):
+            return []
+        self._stage, self._reason, self._code = "stopping", reason, code
+        alive = self._alive()
+        for role in self._roles.values():
+            role.restarting = False
+            if role.stop_seen is None:
+                role.stop_seen = self._seen if seen is None else seen
+        return self._stop_actors(alive, self._stop_timeout_s, reason) + self._maybe_end()
+
+    def _stop_actors(self, actors: Iterable[_Actor], grace_s: float, why: str) -> list[Effect]:
+        asked = [actor for actor in actors if actor.state == "running"]
+        for actor in asked:
+            actor.state = "stopping"
+        return self._to_agents(
+            asked, lambda names: _directive("stop", names=names, grace_s=grace_s, why=why)
+        )
+
+    def _maybe_end(self) -> list[Effect]:
+        if self._alive():
+            return []
+        self._stage = "ended"
+        self._deadline = None
+        current = [failure for failure in self._failures if not failure.recovered]
+        failed = self._code is None
+        first = self._root(current) if failed else None
+        code = first.exit_code if first is not None else (self._code or 0)
+        others = [f for f in sorted(current, key=lambda f: f.happened) if f is not first]
+        end = _directive(
+            "end",
+            code=(code or 1) if failed else code,
+            reason=self._reason,
+            first=asdict(first) if first else None,
+            others=[asdict(failure) for failure in others] if failed else [],
+        )
+        agents = {actor.agent for role in self._roles.values() for actor in role.actors}
+        return [Send(agent, end) for agent in sorted(agents)]
+
+    def _root(self, current: list[_Failure]) -> _Failure | None:
+        """The first failure; where it only tells of another's death, that one if it is known."""
+        first = _first(current)
+        if first is not None and (blamed := first.blames()) is not None:
+            causes = [f for f in self._failures if f is not first and _names(blamed, f.name)]
+            return causes[-1] if causes else first
+        return first
+
+    # -- helpers ------------------------------------------------------------------------------
+
+    def _start(self, role: _Role, actors: list[_Actor]) -> list[Effect]:
+        for actor in actors:
+            actor.state = "running"
+            actor.incarnation += 1
+        incarnations = {actor.name: actor.incarnation for actor in actors}
+        return self._to_agents(
+            actors,
+            lambda names: _directive(
+                "start",
+                role=role.name,
+                attempt=role.attempt,
+                actors={name: incarnations[name] for name in names},
+            ),
+        )
+
+    def _alive(self) -> list[_Actor]:
+        return [a for role in self._roles.values() for a in role.actors if a.alive]
+
+    def _actor(self, name: str) -> tuple[_Role, _Actor]:
+        for role in self._roles.values():
+            for actor in role.actors:
+                if actor.name == name:
+                    return role, actor
+        raise MisuseError(f"supervision knows no actor {name!r}")
+
+    @staticmethod
+    def _to_agents(
+        actors: Iterable[_Actor], directive: Callable[[list[str]], dict[str, Any]]
+    ) -> list[Effect]:
+        by_agent: dict[str, list[str]] = {}
+        for actor in actors:
+            by_agent.setdefault(actor.agent, []).append(actor.name)
+        return [Send(agent, directive(names)) for agent, names in by_agent.items()]
+
+
+def _first(failures: list[_Failure]) -> _Failure | None:
+    return min(failures, key=lambda f: (f.blames() is not None, f.happened), default=None)
+
+
+def _names(sentence: str, name: str) -> bool:
+    """Whether an error's text names an actor: "trainer-1" is not in "trainer-10 is gone"."""
+    before, found, after = sentence.partition(name)
+    if not found:
+        return False
+    whole_word = not (after[:1].isdigit() or before[-1:].isalnum() or before.endswith(("-", "_")))
+    return whole_word or _names(after, name)
+
+
+def _restarting(role: _Role, actors: list[_Actor], failure: _Failure, count: int) -> Emit:
+    return Emit(
+        {
+            "kind": "restarting",
+            "role": role.name,
+            "names": [actor.name for actor in actors],
+            "attempt": count,
+            "max": role.max,
+            "failure": asdict(failure),
+        }
+    )
+
+
+def _directive(op: str, **values: Any) -> dict[str, Any]:
+    return {"kind": "directive", "op": op, **values}
+
+
+def _role_from(item: dict[str, Any]) -> _Role:
+    actors = [_Actor(a["name"], a["rank"], a["agent"], a.get("host", "")) for a in item["actors"]]
+    return _Role(item["name"], item["policy"], item["max"], item["driver"], actors)
+
+
+def _lost_report(actor: _Actor, cause: str) -> dict[str, Any]:
+    return {"name": actor.name, "code": 69, "cause": cause}
+
+
+def _answer(call: Call | None, value: Any) -> list[Effect]:
+    return [] if call is None else [Reply(call, value)]

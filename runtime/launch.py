@@ -1,0 +1,172 @@
+"""`python -m runtime.launch`: from a command line to an exit code.
+
+The agent is started first of all: its interpreter starts while this one imports and plans. Everything
+that can be wrong with a launch is found before the agent hears of it. torch is never imported here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from runtime.launcher import local, spawn
+
+if TYPE_CHECKING:
+    from runtime.launcher.assignment import Assignment
+    from runtime.launcher.options import LaunchOptions
+    from runtime.launcher.output import OutputSettings
+    from runtime.launcher.plan import Facts, Plan
+
+USAGE = 2
+_DEFAULT_LOG_DIR = "~/.runtime/logs"
+_NO_AGENT_FOR = frozenset(("-h", "--help", "--dry-run", "--dry_run"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the launcher with `argv` (default: the process's) and give the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    spawn.become_subreaper()
+    agent = None if _NO_AGENT_FOR & set(argv) else local.start_agent()
+    from runtime.errors import ConfigError  # after the agent has been started
+
+    try:
+        return _launch(argv, agent)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"runtime.launch: error: {line}\n")
+        return USAGE
+    except KeyboardInterrupt:  # before the job has begun
+        return 130
+    finally:
+        # An agent without an assignment ends with its input, that is, with this process.
+        sys.stderr.flush()
+
+
+def _launch(argv: Sequence[str], agent: local.LocalAgent | None) -> int:
+    from runtime.launcher.options import help_text, parse_options
+    from runtime.launcher.plan import to_json, to_text
+    from runtime.launcher.prepare import prepare
+    from runtime.launcher.sources import FoundSources
+
+    options = parse_options(argv, os.environ)
+    if options.help:
+        sys.stdout.write(help_text())
+        return 0
+    facts = _look_around(options)
+    plan = prepare(options, facts, FoundSources(facts.cwd))
+    if options.dry_run:
+        sys.stdout.write(to_json(plan) + "\n" if options.json else to_text(plan))
+        return 0
+    return _run(_assignment(options, plan), agent or local.start_agent(), options.verbosity < 0)
+
+
+def _run(assignment: Assignment, agent: local.LocalAgent, quiet: bool) -> int:
+    import asyncio
+
+    from runtime.launcher.report import exit_code
+    from runtime.launcher.session import Session
+
+    async def session() -> int:
+        return exit_code(await Session(agent, assignment, quiet=quiet).run())
+
+    return asyncio.run(session())
+
+
+def _look_around(options: LaunchOptions) -> Facts:
+    """What this machine and its environment are."""
+    import socket
+    from datetime import datetime
+
+    from runtime.launcher.plan import Facts
+    from runtime.launcher.prepare import needed_files
+
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Facts(
+        job_id=f"{stamp}-{os.urandom(2).hex()}",
+        cwd=os.getcwd(),
+        python=sys.executable,
+        own_names=("localhost", socket.gethostname()),
+        cpu_count=len(os.sched_getaffinity(0)),
+        gpu_count=_gpu_count(),
+        env=dict(os.environ),
+        files={path: _read(path) for path in needed_files(options)},
+    )
+
+
+def _gpu_count() -> int:
+    """As many as CUDA would show, without asking CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        found = len(os.listdir("/proc/driver/nvidia/gpus"))
+    except OSError:
+        found = 0
+    if visible is None:
+        return found
+    return min(found, len([word for word in visible.split(",") if word.strip() not in ("", "-1")]))
+
+
+def _read(path: str) -> str:
+    from runtime.errors import ConfigError
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read {path}: not UTF-8 text ({error.reason})") from error
+
+
+def _assignment(options: LaunchOptions, plan: Plan) -> Assignment:
+    import pickle
+    from dataclasses import replace
+
+    from runtime.launcher.assignment import Assignment, choose_job_dir
+
+    # Only workers open it: it may hold objects of the user's own classes.
+    config: Any = pickle.dumps(plan.job.config, protocol=5)
+    job = replace(plan.job, config=config)
+    log_dir = os.path.abspath(os.path.expanduser(options.log_dir or _DEFAULT_LOG_DIR))
+    return Assignment(
+        plan=replace(plan, job=job),
+        host=plan.hosts[0].name,
+        job_dir=choose_job_dir(os.urandom(4).hex(), os.environ),
+        log_dir=log_dir,
+        workdir=os.getcwd(),
+        env=dict(os.environ),
+        output=_output_settings(options, plan),
+        shutdown_timeout_s=options.shutdown_timeout,
+        timeout_s=options.timeout,
+        port_range=options.port_range,
+    )
+
+
+def _output_settings(options: LaunchOptions, plan: Plan) -> OutputSettings:
+    from runtime.launcher.output import OutputSettings, shown_streams
+
+    ranks = {launch.local_rank for launch in plan.launches}
+    console = {
+        rank: shown_streams(
+            rank,
+            redirects=options.redirects,
+            tee=options.tee,
+            only=options.local_ranks_filter,
+        )
+        for rank in ranks
+    }
+    return OutputSettings(
+        console=console,
+        prefix=options.log_prefix if options.tag_output else "",
+        timestamp=options.timestamp,
+        colour=sys.stdout.isatty() and sys.stderr.isatty() and "NO_COLOR" not in os.environ,
+        several_hosts=len(plan.hosts) > 1,
+    )
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # The console's thread may sit in a terminal that was stopped: nobody waits for it.
+    os._exit(code)

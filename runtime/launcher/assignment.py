@@ -1,0 +1,76 @@
+"""What an agent is told, and the private folder of a job's sockets on its host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from runtime.errors import ConfigError
+from runtime.launcher.output import OutputSettings
+from runtime.launcher.plan import Plan
+
+ADDRESS_LIMIT = 107
+_LONGEST_NAME = 24
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Everything an agent needs to know; it travels pickled over the agent's private pipe.
+
+    `plan.job.config` is pickled bytes, which only workers open. `log_dir` is the folder above the
+    jobs' folders. Times are seconds; `env` is what workers inherit.
+    """
+
+    plan: Plan
+    host: str
+    job_dir: str
+    log_dir: str
+    workdir: str
+    env: Mapping[str, str]
+    output: OutputSettings = field(default_factory=OutputSettings)
+    shutdown_timeout_s: float = 10.0
+    timeout_s: float | None = None
+    port_range: tuple[int, int] | None = None
+
+
+def choose_job_dir(token: str, env: Mapping[str, str]) -> str:
+    """Where a job's sockets are to be: short, since the path of a unix socket has at most 107 bytes.
+
+    `$XDG_RUNTIME_DIR` where it is set, usable and short enough, else /tmp/runtime-<uid>.
+    """
+    base = env.get("XDG_RUNTIME_DIR", "")
+    fits = len(base) + len(f"/runtime-{token}/") + _LONGEST_NAME <= ADDRESS_LIMIT
+    if base and fits and os.path.isabs(base) and os.access(base, os.W_OK | os.X_OK):
+        return os.path.join(base, f"runtime-{token}")
+    return f"/tmp/runtime-{os.getuid()}/{token}"
+
+
+def make_job_dir(path: str) -> None:
+    """Make the job's private folder. Raises `ConfigError` when it is not, or cannot be, ours alone."""
+    above = os.path.dirname(path)
+    shared = os.path.basename(above) == f"runtime-{os.getuid()}"
+    try:
+        if shared:
+            os.makedirs(above, mode=0o700, exist_ok=True)
+            found = os.lstat(above)
+            if found.st_uid != os.getuid() or found.st_mode & 0o077:
+                raise ConfigError(
+                    f"{above} is not a private folder of ours (owner {found.st_uid}, mode "
+                    f"{found.st_mode & 0o777:o}); remove it, or set XDG_RUNTIME_DIR"
+                )
+        os.mkdir(path, 0o700)
+    except OSError as error:
+        raise ConfigError(f"cannot make the job's folder {path}: {error.strerror}") from error
+
+
+def remove_job_dir(path: str) -> None:
+    """Remove the job's folder, and the one above if that was made for it and is empty now."""
+    shutil.rmtree(path, ignore_errors=True)
+    above = os.path.dirname(path)
+    if os.path.basename(above) == f"runtime-{os.getuid()}":
+        try:
+            os.rmdir(above)
+        except OSError:  # other jobs have folders there
+            pass

@@ -1,0 +1,240 @@
+"""The one door for starting and ending processes.
+
+Every process of ours gets a session of its own, standard streams that were chosen for it and no other
+descriptor. An agent is the *subreaper* of what it starts: whatever a worker forks and forgets becomes
+the agent's child, so it can be found and ended; `descendants` lists nothing but our own. How a process
+ended is seen in `watch.py`.
+
+The launcher imports this first of all: no asyncio here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_WORKER_OOM_SCORE = 500
+
+
+class Exit(NamedTuple):
+    """How a process ended: `code` for an exit, `signal` (a number) for a death by signal."""
+
+    code: int = 0
+    signal: int = 0
+
+    @property
+    def cause(self) -> str:
+        """In words: "exit 3", "SIGKILL"."""
+        return signal_name(self.signal) if self.signal else f"exit {self.code}"
+
+    @property
+    def shell_code(self) -> int:
+        """As a shell would give it: 128 + signal for a death by signal."""
+        return 128 + self.signal if self.signal else self.code
+
+    @classmethod
+    def from_status(cls, status: int) -> Exit:
+        """From what `waitpid` gave."""
+        if os.WIFSIGNALED(status):
+            return cls(signal=os.WTERMSIG(status))
+        return cls(code=os.WEXITSTATUS(status))
+
+
+class Streams(NamedTuple):
+    """Descriptors that become standard input, output and error; None: /dev/null, ours, ours."""
+
+    stdin: int | None = None
+    stdout: int | None = None
+    stderr: int | None = None
+
+
+INHERIT = Streams()
+
+
+def signal_name(number: int) -> str:
+    """ "SIGKILL" for 9; "signal 40" for those without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc().prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}, {value}): {os.strerror(number)}")
+
+
+def become_subreaper() -> None:
+    """Orphans among our descendants become our children instead of init's."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int) -> bool:
+    """SIGKILL for us when our parent dies. False when `parent` is not (or no longer) our parent."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.getppid() == parent
+
+
+def offer_to_oom_killer() -> None:
+    """Raise our own `oom_score_adj`, so that a worker is taken before its agent."""
+    try:
+        with open("/proc/self/oom_score_adj", "r+") as file:
+            if int(file.read()) < _WORKER_OOM_SCORE:
+                file.seek(0)
+                file.write(str(_WORKER_OOM_SCORE))
+    except OSError:  # no /proc, or not allowed: only a preference is lost
+        pass
+
+
+def bootstrap(module: str, *arguments: int) -> str:
+    """Code for `python -c` that calls `module.main(*arguments)`, wherever the package is installed."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    given = ", ".join(map(str, arguments))
+    return f"import sys; sys.path[0] = {root!r}; from {module} import main; main({given})"
+
+
+def start(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    streams: Streams = INHERIT,
+    pass_fds: Sequence[int] = (),
+) -> int:
+    """Start a program in a session of its own and give its pid, which the caller must wait for.
+
+    Raises `OSError` (with the program's or the directory's name) when it cannot be started.
+    """
+    process = subprocess.Popen(
+        argv,
+        env=None if env is None else dict(env),
+        cwd=cwd,
+        stdin=subprocess.DEVNULL if streams.stdin is None else streams.stdin,
+        stdout=streams.stdout,
+        stderr=streams.stderr,
+        pass_fds=pass_fds,
+        close_fds=True,
+        start_new_session=True,
+    )
+    process.returncode = 0  # ours to wait for from here on: Popen must neither poll nor warn
+    return process.pid
+
+
+def send_signal(pid: int, number: int) -> None:
+    """Signal a process; one that is gone already is fine."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+class ProcessInfo(NamedTuple):
+    """What /proc says of one process. `state`: "R", "S", "Z" ..."""
+
+    pid: int
+    name: str
+    state: str
+    parent: int
+    session: int
+
+
+def look_at(pid: int) -> ProcessInfo | None:
+    """A process's line in /proc; None when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    head, _, tail = text.rpartition(")")
+    fields = tail.split()
+    name = head.partition("(")[2]
+    return ProcessInfo(pid, name, fields[0], int(fields[1]), int(fields[3]))
+
+
+def children(pid: int) -> list[int]:
+    """Direct children, zombies included."""
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                found.extend(int(word) for word in file.read().split())
+    except FileNotFoundError:
+        if os.path.exists(f"/proc/{pid}"):  # a kernel without that file: look at everybody
+            return [info.pid for info in _everybody() if info.parent == pid]
+    except ProcessLookupError:
+        pass
+    return found
+
+
+def _everybody() -> Iterable[ProcessInfo]:
+    for name in os.listdir("/proc"):
+        if name.isdigit() and (info := look_at(int(name))) is not None:
+            yield info
+
+
+def descendants(pid: int | None = None, *, without: Iterable[int] = ()) -> list[ProcessInfo]:
+    """All living processes below `pid` (default: us), except `without` and what is below those."""
+    skip = set(without)
+    found: list[ProcessInfo] = []
+    queue = [os.getpid() if pid is None else pid]
+    while queue:
+        for child in children(queue.pop()):
+            if child in skip:
+                continue
+            skip.add(child)
+            queue.append(child)
+            info = look_at(child)
+            if info is not None and info.state not in "ZX":
+                found.append(info)
+    return found
+
+
+def reap_orphans(known: Iterable[int] = ()) -> None:
+    """Collect ended children that nobody watches (orphans that became ours)."""
+    watched = set(known)
+    for pid in children(os.getpid()):
+        if pid in watched:
+            continue
+        try:
+            os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            pass
+
+
+def kill_session(session: int) -> None:
+    """SIGKILL for every descendant of ours that belongs to `session`."""
+    for info in descendants():
+        if info.session == session:
+            send_signal(info.pid, signal.SIGKILL)
+
+
+def kill_descendants(timeout: float = 3.0, *, without: Iterable[int] = ()) -> list[ProcessInfo]:
+    """SIGKILL for everything below us until nothing is left, for at most `timeout` seconds (blocking).
+
+    Gives what is still there: processes in an uninterruptible wait, for the log.
+    """
+    skip = list(without)
+    limit = time.monotonic() + timeout
+    while left := descendants(without=skip):
+        for info in left:
+            send_signal(info.pid, signal.SIGKILL)
+        reap_orphans(skip)
+        if time.monotonic() > limit:
+            return left
+        time.sleep(0.002)
+    reap_orphans(skip)
+    return []

@@ -1,0 +1,277 @@
+"""What the records between two peers say: calls and their answers, casts, cancels, probes, good-byes.
+
+A record's header is one msgpack array: the kind, its fields, and last the body (see `wire.codec`). A body
+of more than `INLINE_BODY` bytes travels as the first buffer instead, so that headers stay short. `encode_*`
+build records of values that this process vouches for; `decode` checks every field of what a peer sent and
+raises `WireError`, and nothing else. What is done about a message is decided in `peer/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgpack
+
+from runtime.errors import MisuseError, WireError
+from runtime.wire.frames import Buffer, Record
+
+INLINE_BODY = 32 * 1024
+MAX_NAME = 512
+"""Characters of a method name, of a chain or path element."""
+MAX_CHAIN = 256
+"""Elements of a chain or a path."""
+MAX_REASON = 4096
+"""Characters; longer reasons are cut."""
+
+_MAX_ID = 2**63
+_MAX_DEADLINE_S = 1e9
+_CALL, _CAST, _RESULT, _ERROR, _CANCEL, _PROBE, _GOODBYE = range(1, 8)
+
+
+class Call(NamedTuple):
+    """Do `method` and answer with the same `id`.
+
+    `flags`: 0..255, given by `peer`. `deadline_s`: how long the caller will still wait, None for ever.
+    `dedup`: number of the attempt's call within the caller's life, 0 for none. `chain`: who called whom
+    up to here, for finding cycles.
+    """
+
+    id: int
+    method: str
+    body: Buffer
+    buffers: Sequence[Buffer] = ()
+    flags: int = 0
+    deadline_s: float | None = None
+    dedup: int = 0
+    chain: tuple[str, ...] = ()
+
+
+class Cast(NamedTuple):
+    """Do `method`; nobody awaits an answer."""
+
+    method: str
+    body: Buffer
+    buffers: Sequence[Buffer] = ()
+    flags: int = 0
+    dedup: int = 0
+
+
+class Result(NamedTuple):
+    """The answer to call `id`."""
+
+    id: int
+    body: Buffer
+    buffers: Sequence[Buffer] = ()
+
+
+class Error(NamedTuple):
+    """Call `id` failed; the body is of `codec.encode_error`."""
+
+    id: int
+    body: Buffer
+    buffers: Sequence[Buffer] = ()
+
+
+class Cancel(NamedTuple):
+    """Nobody waits for call `id` any more."""
+
+    id: int
+
+
+class Probe(NamedTuple):
+    """Does what the receiver's call `subject` (an id of the sender's) waits for lead to a handler of
+    the process `origin`? `number` tells its probes apart; `path`: whom the probe passed on its way."""
+
+    origin: str
+    path: tuple[str, ...] = ()
+    number: int = 0
+    subject: int = 0
+
+
+class Goodbye(NamedTuple):
+    """The sender is leaving and will answer no more calls."""
+
+    reason: str
+
+
+Message = Call | Cast | Result | Error | Cancel | Probe | Goodbye
+
+_pack = msgpack.Packer().pack  # runs no code of ours or of users while it packs: safe to share
+
+
+def encode_call(call: Call) -> Record:
+    """Raises `MisuseError` for a method name or a chain that no peer would accept."""
+    id, method, body, buffers, flags, deadline_s, dedup, chain = call
+    _check_name(method)
+    if len(chain) > MAX_CHAIN:
+        raise MisuseError(
+            f"a chain of {len(chain)} nested calls, at most {MAX_CHAIN}: {chain[:4]}…"
+        )
+    fields = (_CALL, id, method, flags, deadline_s, dedup, chain or None)
+    return _record(fields, body, buffers)
+
+
+def encode_cast(cast: Cast) -> Record:
+    """Raises `MisuseError` for a method name that no peer would accept."""
+    method, body, buffers, flags, dedup = cast
+    _check_name(method)
+    return _record((_CAST, method, flags, dedup), body, buffers)
+
+
+def encode_result(id: int, body: Buffer, buffers: Sequence[Buffer] = ()) -> Record:
+    return _record((_RESULT, id), body, buffers)
+
+
+def encode_error(id: int, body: Buffer, buffers: Sequence[Buffer] = ()) -> Record:
+    return _record((_ERROR, id), body, buffers)
+
+
+def encode_cancel(id: int) -> Record:
+    return Record(_pack((_CANCEL, id)))
+
+
+def encode_probe(probe: Probe) -> Record:
+    origin, path, number, subject = probe
+    return Record(_pack((_PROBE, origin, list(path), number, subject)))
+
+
+def encode_goodbye(reason: str) -> Record:
+    text = reason[:MAX_REASON].encode("utf-8", "replace").decode()
+    return Record(_pack((_GOODBYE, text)))
+
+
+def _record(fields: tuple[Any, ...], body: Buffer, buffers: Sequence[Buffer]) -> Record:
+    if len(body) <= INLINE_BODY:
+        return Record(_pack((*fields, body)), buffers)
+    return Record(_pack((*fields, None)), (body, *buffers))
+
+
+def _check_name(name: str) -> None:
+    if not 0 < len(name) <= MAX_NAME:
+        raise MisuseError(f"a method name has 1 to {MAX_NAME} characters, this one {len(name)}")
+    if not name.isascii() and not name.isprintable():
+        raise MisuseError(f"a method name cannot have such characters: {name!a}")
+
+
+def decode(record: Record) -> Message:
+    """What a record says. Raises `WireError`, and nothing else, for anything amiss."""
+    header, buffers = record
+    try:
+        fields = msgpack.unpackb(header, max_array_len=MAX_CHAIN, max_map_len=0, max_ext_len=0)
+    except (ValueError, TypeError) as error:
+        raise WireError("malformed message", str(error)[:200]) from None
+    if type(fields) is not list or not fields or type(fields[0]) is not int:
+        raise WireError("malformed message", "no kind")
+    reader = _READERS.get(fields[0])
+    if reader is None:
+        raise WireError("unknown message", str(fields[0]))
+    message: Message | None = reader(fields, buffers)
+    if message is None:
+        raise WireError("malformed message", f"fields of {reader.__name__[6:]}")
+    return message
+
+
+def _body(field: object, buffers: Sequence[Buffer]) -> tuple[Buffer, Sequence[Buffer]] | None:
+    if type(field) is bytes:
+        return field, buffers
+    if field is None and buffers:
+        return buffers[0], buffers[1:]
+    return None
+
+
+def _is_id(field: object) -> bool:
+    return type(field) is int and 0 <= field < _MAX_ID
+
+
+def _is_name(field: object) -> bool:
+    return type(field) is str and 0 < len(field) <= MAX_NAME
+
+
+def _names(field: object) -> tuple[str, ...] | None:
+    if field is None:
+        return ()
+    if type(field) is list and len(field) <= MAX_CHAIN and all(map(_is_name, field)):
+        return tuple(field)
+    return None
+
+
+def _read_call(fields: list[Any], buffers: Sequence[Buffer]) -> Call | None:
+    if len(fields) != 8:
+        return None
+    _, id, method, flags, deadline_s, dedup, chain, field = fields
+    if not (_is_id(id) and _is_name(method) and _is_id(dedup)):
+        return None
+    if type(flags) is not int or not 0 <= flags < 256:
+        return None
+    if deadline_s is not None and not _is_deadline(deadline_s):
+        return None
+    names = () if chain is None else _names(chain)
+    body = (field, buffers) if type(field) is bytes else _body(field, buffers)
+    if names is None or body is None:
+        return None
+    return Call(id, method, body[0], body[1], flags, deadline_s, dedup, names)
+
+
+def _is_deadline(field: object) -> bool:
+    # Written so that NaN fails, too.
+    return (type(field) is float or type(field) is int) and 0 <= field <= _MAX_DEADLINE_S
+
+
+def _read_cast(fields: list[Any], buffers: Sequence[Buffer]) -> Cast | None:
+    if len(fields) != 5:
+        return None
+    _, method, flags, dedup, field = fields
+    body = _body(field, buffers)
+    if body is None or not (_is_name(method) and _is_id(dedup)):
+        return None
+    if type(flags) is not int or not 0 <= flags < 256:
+        return None
+    return Cast(method, body[0], body[1], flags, dedup)
+
+
+def _read_result(fields: list[Any], buffers: Sequence[Buffer]) -> Result | None:
+    if len(fields) != 3 or not _is_id(fields[1]):
+        return None
+    body = _body(fields[2], buffers)
+    return None if body is None else Result(fields[1], *body)
+
+
+def _read_error(fields: list[Any], buffers: Sequence[Buffer]) -> Error | None:
+    if len(fields) != 3 or not _is_id(fields[1]):
+        return None
+    body = _body(fields[2], buffers)
+    return None if body is None else Error(fields[1], *body)
+
+
+def _read_cancel(fields: list[Any], buffers: Sequence[Buffer]) -> Cancel | None:
+    if len(fields) != 2 or buffers or not _is_id(fields[1]):
+        return None
+    return Cancel(fields[1])
+
+
+def _read_probe(fields: list[Any], buffers: Sequence[Buffer]) -> Probe | None:
+    if len(fields) != 5 or buffers or not _is_name(fields[1]):
+        return None
+    _, origin, elements, number, subject = fields
+    path = _names(elements)
+    if path is None or not (_is_id(number) and _is_id(subject)):
+        return None
+    return Probe(origin, path, number, subject)
+
+
+def _read_goodbye(fields: list[Any], buffers: Sequence[Buffer]) -> Goodbye | None:
+    if len(fields) != 2 or buffers or type(fields[1]) is not str or len(fields[1]) > MAX_REASON:
+        return None
+    return Goodbye(fields[1])
+
+
+_READERS = {
+    _CALL: _read_call,
+    _CAST: _read_cast,
+    _RESULT: _read_result,
+    _ERROR: _read_error,
+    _CANCEL: _read_cancel,
+    _PROBE: _read_probe,
+    _GOODBYE: _read_goodbye,
+}

@@ -1,0 +1,342 @@
+"""What every transport promises, as one suite. A subclass gives `network`: what makes transports by peer id."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Callable
+from typing import Protocol
+
+import pytest
+
+from runtime.errors import Closed, ConfigError, MisuseError
+from runtime.transport.base import Link, Record, Transport
+
+
+class Network(Protocol):
+    def transport(self, peer: str) -> Transport: ...
+
+
+class Inbox:
+    """A receiver that remembers everything, and can answer."""
+
+    def __init__(self, answer: Callable[[Link, Record], None] | None = None) -> None:
+        self.records: list[tuple[Link, Record]] = []
+        self.lost: list[tuple[Link, str]] = []
+        self._answer = answer
+        self._news = asyncio.Event()
+
+    def received(self, link: Link, record: Record) -> None:
+        self.records.append((link, record))
+        self._news.set()
+        if self._answer is not None:
+            self._answer(link, record)
+
+    def link_lost(self, link: Link, reason: str) -> None:
+        self.lost.append((link, reason))
+        self._news.set()
+
+    @property
+    def headers(self) -> list[bytes]:
+        return [record.header for _, record in self.records]
+
+    async def until(self, condition: Callable[[], object], timeout: float = 10.0) -> None:
+        async with asyncio.timeout(timeout):
+            while not condition():
+                self._news.clear()
+                await self._news.wait()
+
+    async def until_count(self, count: int, timeout: float = 10.0) -> None:
+        await self.until(lambda: len(self.records) >= count, timeout)
+
+
+def echo(link: Link, record: Record) -> None:
+    link.send(record)
+
+
+class Peers:
+    """Started transports that are closed at the end of the test."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.made: list[Transport] = []
+
+    async def start(
+        self, peer: str, answer: Callable[[Link, Record], None] | None = None
+    ) -> tuple[Transport, Inbox]:
+        transport, inbox = self.network.transport(peer), Inbox(answer)
+        self.made.append(transport)
+        await transport.start(inbox)
+        return transport, inbox
+
+    async def close(self) -> None:
+        for transport in self.made:
+            await transport.close(0.2)
+
+
+class TransportContract:
+    @pytest.fixture
+    async def peers(self, network: Network):
+        peers = Peers(network)
+        yield peers
+        await peers.close()
+
+    async def test_records_arrive_in_order_with_their_buffers(self, peers: Peers) -> None:
+        a, _ = await peers.start("a.1")
+        b, inbox = await peers.start("b.1")
+        link = a.connect("b.1", b.address)
+        sent = [
+            Record(b"%d" % i, [bytes([i % 251]) * (i * 37 % 5000 + 1)] * (i % 4))
+            for i in range(500)
+        ]
+        for record in sent:
+            link.send(record)
+        await inbox.until_count(500)
+        assert inbox.headers == [record.header for record in sent]
+        for (_, got), record in zip(inbox.records, sent, strict=True):
+            assert [bytes(buffer) for buffer in got.buffers] == list(record.buffers)
+
+    async def test_both_ends_of_a_link_name_the_other_peer(self, peers: Peers) -> None:
+        a, _ = await peers.start("a.1")
+        b, inbox = await peers.start("b.1")
+        link = a.connect("b.1", b.address)
+        link.send(Record(b"hi"))
+        await inbox.until_count(1)
+        met = inbox.records[0][0]
+        assert (link.peer, link.outbound, met.peer, met.outbound) == ("b.1", True, "a.1", False)
+
+    async def test_answers_travel_on_the_link_that_a_question_came_by(self, peers: Peers) -> None:
+        a, inbox = await peers.start("a.1")
+        b, _ = await peers.start("b.1", echo)
+        link = a.connect("b.1", b.address)
+        link.send(Record(b"hi"))
+        await inbox.until_count(1)
+        assert inbox.records[0][0] is link
+        assert b.statistics().links == 1
+
+    async def test_records_of_one_loop_pass_leave_as_one_message(self, peers: Peers) -> None:
+        a, inbox = await peers.start("a.1")
+        b, _ = await peers.start("b.1", echo)
+        link = a.connect("b.1", b.address)
+        link.send(Record(b"first"))
+        await inbox.until_count(1)
+        before = a.statistics()
+        for _ in range(100):
+            link.send(Record(b"x"))
+        await inbox.until_count(101)
+        after = a.statistics()
+        assert after.records_out - before.records_out == 100
+        assert after.messages_out - before.messages_out == 1
+
+    async def test_many_talk_to_one_and_each_keeps_its_own_order(self, peers: Peers) -> None:
+        b, inbox = await peers.start("b.1", echo)
+        senders = [await peers.start(f"a{i}.1") for i in range(8)]
+        links = [transport.connect("b.1", b.address) for transport, _ in senders]
+        for n in range(200):
+            for link in links:
+                link.send(Record(b"%d" % n))
+            if n % 20 == 0:
+                await asyncio.sleep(0)
+        for _, own in senders:
+            await own.until_count(200)
+            assert own.headers == [b"%d" % n for n in range(200)]
+        assert len(inbox.records) == 1600
+
+    async def test_a_large_buffer_arrives_bit_for_bit_beside_small_records(
+        self, peers: Peers
+    ) -> None:
+        a, _ = await peers.start("a.1")
+        b, inbox = await peers.start("b.1")
+        data = random.Random(7).randbytes(24 * 1024 * 1024)
+        link = a.connect("b.1", b.address)
+        link.send(Record(b"before"))
+        link.send(Record(b"large", [data, b"", b"small"]))
+        link.send(Record(b"after"))
+        await inbox.until_count(3)
+        assert inbox.headers == [b"before", b"large", b"after"]
+        large, empty, small = inbox.records[1][1].buffers
+        assert hashlib.sha256(large).digest() == hashlib.sha256(data).digest()
+        assert (bytes(empty), bytes(small)) == (b"", b"small")
+
+    async def test_what_arrives_belongs_to_the_receiver(self, peers: Peers) -> None:
+        a, _ = await peers.start("a.1")
+        b, inbox = await peers.start("b.1")
+        mine = bytearray(b"x" * 100_000)
+        a.connect("b.1", b.address).send(Record(b"h", [mine]))
+        await inbox.until_count(1)
+        view = memoryview(inbox.records[0][1].buffers[0])
+        assert not view.readonly
+        view[0] = 0
+        assert mine[0] == ord("x")
+
+    async def test_drain_returns_once_the_queue_is_short(self, peers: Peers) -> None:
+        a, _ = await peers.start("a.1")
+        b, inbox = await peers.start("b.1")
+        link = a.connect("b.1", b.address)
+        piece = bytes(1024 * 1024)
+        for _ in range(40):
+            link.send(Record(b"p", [piece]))
+            await link.drain()
+            assert link.queued_bytes() <= 8 * 1024 * 1024
+        await inbox.until_count(40)
+
+    async def test_connect_gives_the_living_link(self, peers: Peers) -> None:
+        a, inbox = await peers.start("a.1")
+        b, _ = await peers.start("b.1", echo)
+        link = a.connect("b.1", b.address)
+        assert a.connect("b.1", b.address) is link
+        link.send(Record(b"x"))
+        await inbox.until_count(1)
+        assert a.connect("b.1", b.address) is link
+
+    async def test_two_peers_that_dial_each_other_have_two_links(self, peers: Peers) -> None:
+        a, at_a = await peers.start("a.1")
+        b, at_b = await peers.start("b.1")
+        from_a, from_b = a.connect("b.1", b.address), b.connect("a.1", a.address)
+        for i in range(50):
+            from_a.send(Record(b"a%d" % i))
+            from_b.send(Record(b"b%d" % i))
+        await at_a.until_count(50)
+        await at_b.until_count(50)
+        assert at_a.headers == [b"b%d" % i for i in range(50)]
+        assert at_b.headers == [b"a%d" % i for i in range(50)]
+        assert a.statistics().links == b.statistics().links == 2
+
+    async def test_a_peer_can_call_itself(self, peers: Peers) -> None:
+        a, inbox = await peers.start("a.1")
+        a.connect("a.1", a.address).send(Record(b"me"))
+        await inbox.until_count(1)
+        assert inbox.records[0][0].peer == "a.1"
+
+    async def test_records_wait_for_a_peer_that_does_not_listen_yet(self, peers: Peers) -> None:
+        a, _ = await peers.start("a.1")
+        late = peers.network.transport("b.1")
+        link = a.connect("b.1", late.address)
+        link.send(Record(b"early"))
+        await asyncio.sleep(0.1)
+        inbox = Inbox()
+        peers.made.append(late)
+        await late.start(inbox)
+        await inbox.until_count(1)
+
+    async def test_nobody_there_is_a_lost_link_that_says_so(self, peers: Peers) -> None:
+        a, inbox = await peers.start("a.1")
+        never = peers.network.transport("b.1")
+        link = a.connect("b.1", never.address)
+        link.send(Record(b"x"))
+        await inbox.until(lambda: inbox.lost)
+        assert inbox.lost[0][0] is link
+        assert "connection refused" in inbox.lost[0][1]
+        assert never.address in inbox.lost[0][1]
+        link.send(Record(b"y"))  # dropped in silence
+        await link.drain()
+        assert link.queued_bytes() == 0
+
+    async def test_another_process_at_the_address_is_a_lost_link(self, peers: Peers) -> None:
+        a, inbox = await peers.start("a.1")
+        b, at_b = await peers.start("b.2")
+        a.connect("b.1", b.address).send(Record(b"for b.1 only"))
+        await inbox.until(lambda: inbox.lost)
+        assert "wrong peer" in inbox.lost[0][1]
+        assert at_b.records == []
+
+    async def test_closing_a_link_flushes_it_and_the_other_side_loses_it(
+        self, peers: Peers
+    ) -> None:
+        a, at_a = await peers.start("a.1")
+        b, at_b = await peers.start("b.1")
+        link = a.connect("b.1", b.address)
+        for i in range(300):
+            link.send(Record(b"%d" % i, [bytes(10_000)]))
+        link.close()
+        link.send(Record(b"too late"))
+        await at_b.until(lambda: at_b.lost)
+        assert at_b.headers == [b"%d" % i for i in range(300)]
+        assert "closed by the peer" in at_b.lost[0][1]
+        await asyncio.sleep(0.05)
+        assert at_a.lost == []
+        assert a.statistics().links == b.statistics().links == 0
+
+    async def test_an_inbound_link_can_be_closed_too(self, peers: Peers) -> None:
+        def answer_and_close(link: Link, record: Record) -> None:
+            link.send(Record(b"answer"))
+            link.close()
+
+        a, at_a = await peers.start("a.1")
+        b, at_b = await peers.start("b.1", answer_and_close)
+        a.connect("b.1", b.address).send(Record(b"question"))
+        await at_a.until(lambda: at_a.lost)
+        assert at_a.headers == [b"answer"]
+        assert at_b.lost == []
+
+    async def test_a_closed_link_can_be_dialled_again(self, peers: Peers) -> None:
+        a, _ = await peers.start("a.1")
+        b, at_b = await peers.start("b.1")
+        for i in range(20):
+            link = a.connect("b.1", b.address)
+            link.send(Record(b"%d" % i))
+            await at_b.until_count(i + 1)
+            link.close()
+            await at_b.until(lambda n=i: len(at_b.lost) == n + 1)
+        assert at_b.headers == [b"%d" % i for i in range(20)]
+
+    async def test_closing_a_transport_flushes_and_its_peers_lose_their_links(
+        self, peers: Peers
+    ) -> None:
+        a, at_a = await peers.start("a.1")
+        b, at_b = await peers.start("b.1")
+        c, at_c = await peers.start("c.1")
+        c.connect("a.1", a.address).send(Record(b"hi"))
+        await at_a.until_count(1)
+        link = a.connect("b.1", b.address)
+        for i in range(200):
+            link.send(Record(b"%d" % i, [bytes(5_000)]))
+        await a.close(2.0)
+        await at_b.until_count(200)
+        await at_b.until(lambda: at_b.lost)
+        await at_c.until(lambda: at_c.lost)
+        assert at_a.lost == []
+        await a.close()  # twice is once
+
+    async def test_a_restarted_peer_is_another_peer(self, peers: Peers) -> None:
+        a, at_a = await peers.start("a.1")
+        b, _ = await peers.start("b.1")
+        first = a.connect("b.1", b.address)
+        first.send(Record(b"x"))
+        await b.close()
+        await at_a.until(lambda: at_a.lost)
+        again, at_again = await peers.start("b.2")
+        second = a.connect("b.2", again.address)
+        second.send(Record(b"y"))
+        await at_again.until_count(1)
+        assert [link for link, _ in at_a.lost] == [first]
+
+    async def test_closing_does_not_wait_longer_than_it_may(self, peers: Peers) -> None:
+        a, _ = await peers.start("a.1")
+        never = peers.network.transport("b.1")
+        a.connect("b.1", never.address).send(Record(b"x"))
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        await a.close(0.3)
+        assert loop.time() - start < 1.0
+
+    async def test_misuse_is_refused_in_words(self, peers: Peers) -> None:
+        a, inbox = await peers.start("a.1")
+        with pytest.raises(MisuseError, match="started before"):
+            await a.start(inbox)
+        with pytest.raises(ConfigError, match="not an address"):
+            a.connect("b.1", "nowhere")
+        with pytest.raises(MisuseError, match="oversized header"):
+            a.connect("a.1", a.address).send(Record(bytes(300_000)))
+        unstarted = peers.network.transport("c.1")
+        with pytest.raises(MisuseError, match="not started"):
+            unstarted.connect("a.1", a.address)
+        await a.close()
+        with pytest.raises(Closed):
+            a.connect("b.1", a.address)
+
+    async def test_an_address_cannot_be_taken_twice(self, peers: Peers) -> None:
+        a, _ = await peers.start("a.1")
+        with pytest.raises(ConfigError, match=a.address.replace("/", "/")):
+            await peers.start("a.1")

@@ -1,0 +1,163 @@
+"""The parts of the main example that can be called without a job. The job itself: tests/integration/test_sft.py."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from examples.sft import data, report, train
+from examples.sft.model import GPT, fingerprint, nats_per_byte, write
+from examples.sft.settings import FAST, Settings
+
+TINY = Settings(**{**FAST, "steps": 10, "warmup": 2})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(TINY)
+
+
+def test_the_text_is_split_by_file_and_no_file_is_on_both_sides() -> None:
+    names = [f"package/module_{n}.py" for n in range(2000)]
+    held_out = [name for name in names if data.is_held_out(name)]
+    assert 0.03 < len(held_out) / len(names) < 0.07
+    assert held_out == [name for name in names if data.is_held_out(name)]
+
+
+def test_every_machine_has_enough_text_on_both_sides() -> None:
+    training, held_out = data.load_text(held_out=False), data.load_text(held_out=True)
+    assert training.dtype == torch.uint8
+    assert len(training) > 3_000_000
+    assert len(held_out) > 50_000
+    assert b"import" in bytes(held_out[:20_000].tolist())
+
+
+def test_a_batch_follows_from_seed_step_and_rank_alone() -> None:
+    text = torch.arange(1000) % 251
+    inputs, targets = data.random_rows(text, 4, 16, 1, 2, 3)
+    again, _ = data.random_rows(text, 4, 16, 1, 2, 3)
+    assert torch.equal(inputs, again)
+    assert inputs.shape == targets.shape == (4, 16)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    others = [(0, 2, 3), (1, 0, 3), (1, 2, 0)]
+    assert not any(torch.equal(inputs, data.random_rows(text, 4, 16, *key)[0]) for key in others)
+
+
+def test_batches_reach_both_ends_of_the_text() -> None:
+    text = torch.arange(18)
+    inputs, targets = data.random_rows(text, 200, 16, 0)
+    assert (inputs.min(), targets.max()) == (0, 17)
+
+
+def test_at_first_every_byte_is_about_as_likely_as_any_other(model: GPT) -> None:
+    inputs, targets = data.random_rows(data.load_text(held_out=True), 8, 32, 0)
+    assert nats_per_byte(model(inputs), targets).item() == pytest.approx(5.55, abs=0.15)
+
+
+def test_a_byte_is_guessed_from_those_before_it_only(model: GPT) -> None:
+    text = torch.randint(256, (1, 16))
+    changed = text.clone()
+    changed[0, 10:] = 0
+    assert torch.allclose(model(text)[:, :10], model(changed)[:, :10], atol=1e-5)
+    assert not torch.allclose(model(text)[:, 10:], model(changed)[:, 10:], atol=1e-5)
+
+
+def test_the_model_learns_a_text_by_heart(model: GPT) -> None:
+    inputs, targets = data.random_rows(torch.tensor(list(b"abcdefgh" * 20)), 8, 32, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = nats_per_byte(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.3
+    assert write(model, b"abcd", 8, seed=0) == b"abcdefghabcd"
+
+
+def test_what_is_written_follows_from_the_seed(model: GPT) -> None:
+    assert write(model, b"x", 50, seed=1) == write(model, b"x", 50, seed=1)
+    assert write(model, b"x", 50, seed=1) != write(model, b"x", 50, seed=2)
+
+
+def test_the_fingerprint_tells_one_changed_bit(model: GPT) -> None:
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.nextafter(model.head.weight[0, 0], torch.tensor(9.0))
+    assert fingerprint(model) != before
+
+
+def test_the_learning_rate_rises_and_then_falls_to_a_tenth() -> None:
+    settings = Settings(steps=100, warmup=10)
+    paces = [train.pace(step, settings) for step in range(101)]
+    assert paces[0] == pytest.approx(0.1)
+    assert max(paces) == pytest.approx(1.0, abs=0.03)
+    assert paces[100] == pytest.approx(0.1)
+    assert sorted(paces[10:], reverse=True) == paces[10:]
+
+
+def test_a_checkpoint_holds_all_that_the_next_step_depends_on(model: GPT) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    packed = train.pack(model, optimizer, TINY, 7)
+    state = torch.load(io.BytesIO(packed), weights_only=True)
+    assert set(state) == {"step", "seed", "model", "optimizer", "random"}
+    assert state["step"] == 7
+    assert torch.equal(state["model"]["head.weight"], model.head.weight)
+    assert torch.equal(state["random"], torch.get_rng_state())
+    assert len(state["optimizer"]["state"]) == len(list(model.parameters()))
+
+
+# What one sees
+
+
+def _line(**console: bool) -> str:
+    out = io.StringIO()
+    progress = report.Progress(first=0, steps=100, bytes_a_step=1000)
+    progress.begun -= 20.0
+    progress.console = Console(file=out, width=110, highlight=False, **console)  # type: ignore[arg-type]
+    progress.show(10, 3.14159)
+    return out.getvalue()
+
+
+def test_the_progress_line_says_step_loss_speed_and_time_left() -> None:
+    assert _line() == "step  10/100  loss 3.142  500 tokens/s  3:00 left\n"
+
+
+def test_on_a_terminal_the_line_has_a_bar_and_colours_and_is_one_line() -> None:
+    line = _line(force_terminal=True)
+    assert "━" in line
+    assert "\x1b[" in line
+    assert "tokens/s" in line
+    assert line.count("\n") == 1
+
+
+def test_the_curve_goes_on_from_its_file_up_to_the_step_resumed_from(tmp_path: Path) -> None:
+    path = tmp_path / "curve.csv"
+    curve = report.Curve(path, until_step=-1)
+    for step, loss in [(0, 5.5), (50, 2.5), (25, 3.5)]:
+        curve.add(step, loss)
+    assert path.read_text() == "step,nats_per_byte\n0,5.500000\n25,3.500000\n50,2.500000\n"
+    assert report.Curve(path, until_step=30).losses == {0: 5.5, 25: 3.5}
+    assert path.read_text() == "step,nats_per_byte\n0,5.500000\n25,3.500000\n"
+    assert report.Curve(path, until_step=-1).losses == {}
+
+
+def test_a_curve_whose_last_line_was_cut_off_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    path = tmp_path / "curve.csv"
+    path.write_text("step,nats_per_byte\n0,5.500000\n25,")
+    assert report.Curve(path, until_step=100).losses == {0: 5.5}
+
+
+def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    curve = report.Curve(tmp_path / "curve.csv", until_step=-1)
+    curve.add(0, 5.5)
+    curve.add(10, 2.5)
+    curve.draw(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,47 @@
+"""Fixtures of the tests that start real jobs. All of them carry the `integration` marker."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.support.job import Job
+
+_HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _HERE in item.path.parents:
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str], Path]:
+    """`write("train.py", text)`: a file in the job's working directory, dedented."""
+
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text).lstrip("\n"))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """`launch(*options, **settings) -> Job`; whatever is left of the jobs at the end is killed."""
+    jobs: list[Job] = []
+
+    def launch(*options: str | Path, **settings: Any) -> Job:
+        jobs.append(Job(options, cwd=tmp_path, **settings))
+        return jobs[-1]
+
+    yield launch
+    for job in jobs:
+        job.close()

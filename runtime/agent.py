@@ -23,11 +23,12 @@ from dataclasses import replace
 from typing import Any
 
 from runtime.cluster.restart import Supervision
-from runtime.cluster.supervisor import BASE_PRELOAD, HostSettings, Supervisor
+from runtime.cluster.starting import HostSettings
+from runtime.cluster.supervisor import Supervisor
 from runtime.control.plane import Plane, standard_machines
 from runtime.control.service import ControlService
 from runtime.errors import RuntimeFault
-from runtime.launcher import child, spawn
+from runtime.launcher import child, spawn, zygote
 from runtime.launcher.assignment import Assignment, make_job_dir, remove_job_dir
 from runtime.launcher.channel import Channel, Kind
 from runtime.launcher.output import Outputs, Stream, make_job_folder
@@ -44,14 +45,17 @@ _LOST = 69
 _KINDS: dict[Stream, Kind] = {"stdout": Kind.STDOUT, "stderr": Kind.STDERR}
 
 
-def main() -> None:
-    """Run an agent until its job has ended; the process ends with 0 in any case but its own failure."""
+def main(first: zygote.Started) -> None:
+    """Run an agent until its job has ended; the process ends with 0 in any case but its own failure.
+
+    `first`: a zygote that was started before this module was imported.
+    """
     child.restore_path()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the launcher's business; it tells us
     spawn.become_subreaper()
     gc.freeze()  # what was imported stays
-    asyncio.run(_Agent().run())
+    asyncio.run(_Agent().run(first))
     # Threads that write log files may sit in a stuck disk: nobody waits for them.
     sys.stdout.flush()
     os._exit(0)
@@ -83,8 +87,8 @@ class _Agent:
         self._supervisor: Supervisor | None = None
         self._me = f"agent-0.{secrets.token_hex(4)}"
 
-    async def run(self) -> None:
-        self._starter.warm_up(BASE_PRELOAD)
+    async def run(self, first: zygote.Started) -> None:
+        self._starter.adopt(first)
         channel = self._channel = await Channel.open(os.dup(0), os.dup(1))
         _free_standard_streams()
         logging.getLogger("runtime").addHandler(_FrameLog(channel))

@@ -33,6 +33,8 @@ T = TypeVar("T")
 _SWITCH_INTERVAL_S = 0.0005
 _STARTED_S = 60.0
 _POOL_THREADS = 16
+_WIND_UP_S = 1.0
+_NOT_RUNNING = "the node of this process is not running"
 _FORKED = (
     "this process was forked from a worker (as DataLoader workers are) and has no connections of its "
     "own: call other workers from the worker itself"
@@ -70,19 +72,27 @@ class _DaemonThreads(concurrent.futures.ThreadPoolExecutor):
 
 
 class BlockingNode:
-    """A node on its own thread. `make` is called on that thread, within its loop.
+    """A node on its own thread. `make` is called on that thread, within its loop; `on_failure` too,
+    when the node ended without `stop`.
 
     `start` may be called from any thread, any number of times; the first one starts the node.
     """
 
-    def __init__(self, make: Callable[[], Node], name: str = "runtime-peer") -> None:
-        self._make, self._name = make, name
+    def __init__(
+        self,
+        make: Callable[[], Node],
+        *,
+        name: str = "runtime-peer",
+        on_failure: Callable[[], None] | None = None,
+    ) -> None:
+        self._make, self._name, self._on_failure = make, name, on_failure
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._node: Node | None = None
         self._stopping: asyncio.Event | None = None
+        self._stopped = False
         self._ready = threading.Event()
         self._error: BaseException | None = None
 
@@ -90,8 +100,13 @@ class BlockingNode:
     def node(self) -> Node:
         """The running node. Raises `Closed` when there is none."""
         if self._node is None or not self.running:
-            raise Closed("the node of this process is not running")
+            raise Closed(_NOT_RUNNING)
         return self._node
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the node failed of, if it did."""
+        return self._error
 
     @property
     def running(self) -> bool:
@@ -132,11 +147,13 @@ class BlockingNode:
             raise MisuseError(
                 "a blocking call on the peer loop would wait for itself: await the async form"
             )
-        loop = self._loop
-        if loop is None or self._thread is None or not self._thread.is_alive():
+        with self._lock:  # the loop does not end in between
+            alive = self._thread is not None and self._thread.is_alive()
+            loop = self._loop if alive else None
+            future = asyncio.run_coroutine_threadsafe(work, loop) if loop is not None else None
+        if future is None:
             work.close()
-            raise Closed("the node of this process is not running")
-        future = asyncio.run_coroutine_threadsafe(work, loop)
+            raise Closed(_NOT_RUNNING)
         try:
             return future.result(timeout)
         except concurrent.futures.TimeoutError:
@@ -144,15 +161,20 @@ class BlockingNode:
                 raise
             future.cancel()
             raise Timeout(f"no result within {timeout:g} s", timeout or 0.0) from None
+        except concurrent.futures.CancelledError:
+            if self._loop is not None:
+                raise
+            raise Closed(_NOT_RUNNING) from None
         except BaseException:
             future.cancel()
             raise
 
     def call_soon(self, function: Callable[..., object], *args: Any) -> None:
         """Run `function(*args)` on the loop. Raises `Closed` when the node does not run."""
-        if self._loop is None or not self.running:
-            raise Closed("the node of this process is not running")
-        self._loop.call_soon_threadsafe(functools.partial(function, *args))
+        with self._lock:
+            if self._loop is None or not self.running:
+                raise Closed(_NOT_RUNNING)
+            self._loop.call_soon_threadsafe(functools.partial(function, *args))
 
     def stop(self, timeout: float = 3.0, *, leave: bool = True) -> bool:
         """Close the node and end the thread, within `timeout` seconds. Whether it did end.
@@ -162,6 +184,7 @@ class BlockingNode:
         thread, loop = self._thread, self._loop
         if thread is None or os.getpid() != self._pid:
             return True
+        self._stopped = True
         if self._node is not None:
             self._node.leaves = leave
         if loop is not None and self._stopping is not None:
@@ -190,7 +213,12 @@ class BlockingNode:
                 except Exception as error:  # noqa: BLE001 - handed to whoever waits in start()
                     self._failed(error)
         finally:
+            with self._lock:
+                self._loop = None
+            self._wind_up(loop)
             self._ready.set()
+            if self._on_failure is not None and not self._stopped:
+                self._on_failure()
             asyncio.set_event_loop(None)
             loop.close()
 
@@ -202,10 +230,27 @@ class BlockingNode:
             await node.start()
             self._node = node
             self._ready.set()
+            if self._stopped:
+                return
             async with background(node.wait(), "node"):
                 await self._stopping.wait()
         finally:
             await node.close()
+
+    @staticmethod
+    def _wind_up(loop: asyncio.AbstractEventLoop) -> None:
+        """Cancel what was submitted to the loop after its node had ended: somebody waits for it."""
+
+        async def cancel_all() -> None:
+            await asyncio.sleep(0)  # now all of it are tasks
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=_WIND_UP_S)
+
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            loop.run_until_complete(cancel_all())
 
     def _failed(self, error: Exception) -> None:
         if self._ready.is_set():

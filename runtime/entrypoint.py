@@ -295,26 +295,30 @@ def report_error(error: BaseException, error_file: str, step: int | None = None)
     """Print the error as an uncaught one, without our own frames, and write the error file."""
     if isinstance(error, SystemExit):
         text = message = f"{error.code}"
-        print(text, file=sys.stderr)  # noqa: T201 - what the interpreter does with sys.exit("text")
+        with contextlib.suppress(OSError, ValueError):  # stderr may be closed
+            print(text, file=sys.stderr)  # noqa: T201 - as the interpreter does with sys.exit("text")
     else:
         frames = _without_our_frames(error)
         message = "".join(traceback.format_exception_only(error)).strip()
         text = "".join(traceback.format_exception(type(error), error, frames))
-        sys.excepthook(type(error), error, frames)
+        try:
+            sys.excepthook(type(error), error, frames)
+        except Exception:  # noqa: BLE001 - the hook may be the program's own, and stderr closed
+            sys.__excepthook__(type(error), error, frames)
     _write_error_file(error_file, type(error), message, text, step)
 
 
 def user_frames(error: BaseException) -> types.TracebackType | None:
-    """The error's traceback without our frames and those of the import machinery: all of them where
-    we raised the error on purpose, else those before the program's first (all, where the program
-    has none: then it is our own mistake, to be seen)."""
+    """The error's traceback without our frames and those of the import machinery: without any where
+    we raised the error on purpose, else without those before the program's first. Where the program
+    has none it is our own mistake, to be seen as it is."""
     frames = []
     found = error.__traceback__
     while found is not None:
         frames.append(found)
         found = found.tb_next
     theirs = [_is_the_programs(frame) for frame in frames]
-    if isinstance(error, RuntimeFault):
+    if isinstance(error, RuntimeFault | SyntaxError) or not isinstance(error, Exception):
         kept = [frame for frame, is_theirs in zip(frames, theirs, strict=True) if is_theirs]
     else:
         kept = frames[theirs.index(True) :] if True in theirs else frames
@@ -363,16 +367,17 @@ def _write_error_file(
             json.dump(record, file)
         os.replace(unfinished, path)
     except OSError as error:
-        print(f"cannot write the error file {path}: {error}", file=sys.stderr)  # noqa: T201 - last words
+        logger.warning("cannot write the error file %s: %s", path, error)
 
 
 # -- leaving ----------------------------------------------------------------------------------
 
 
-def finish_program() -> None:
+def finish_program(close_loop: Callable[[], None]) -> None:
     """What a normal interpreter exit does for a program: wait for its threads, run its exit handlers,
-    flush its files. May take as long as they do."""
+    flush its files; before that, end the loop that its coroutines ran in. May take as long as they do."""
     try:
+        close_loop()
         threading._shutdown()  # type: ignore[attr-defined]  # joins threads that are no daemons
         atexit._run_exitfuncs()
     except BaseException as error:  # noqa: BLE001 - a Ctrl-C in between must not change the exit code
@@ -419,12 +424,12 @@ def _stacks() -> str:
 
 def flush_files() -> None:
     """Flush what the program left open: the process ends without destructors."""
-    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
-    for item in gc.get_objects():
-        if issubclass(type(item), kinds):  # isinstance would run code of objects that are proxies
-            with contextlib.suppress(OSError, ValueError):
-                if not item.closed:
-                    item.flush()
+    # By exact type: isinstance is slow here, and runs code of objects that are proxies.
+    kinds = {io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom}
+    for file in [item for item in gc.get_objects() if type(item) in kinds]:
+        with contextlib.suppress(OSError, ValueError):
+            if not file.closed:
+                file.flush()
 
 
 def end_now(code: int) -> None:

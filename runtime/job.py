@@ -163,8 +163,9 @@ def actor_name(role: str, rank: int) -> str:
 
 # Entries
 
-_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
-_OBJECT = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+# Compiled when first used: a launch of a script needs none of them.
+_DOTTED = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+_OBJECT = f"{_DOTTED}:{_DOTTED}"
 ENTRY_FORMS = '"pkg.mod:obj", "train.py --x 1" or "-m pkg.mod --x 1"'
 
 
@@ -183,7 +184,7 @@ def parse_entry(text: str) -> Entry:
         raise ConfigError(f"entry {text!r} is empty: say {ENTRY_FORMS}")
     first, rest = words[0], tuple(words[1:])
     if first == "-m":
-        if not rest or not _DOTTED.fullmatch(rest[0]):
+        if not rest or not re.fullmatch(_DOTTED, rest[0]):
             raise ConfigError(f"entry {text!r}: -m needs the dotted name of a module")
         return Entry("module", rest[0], rest[1:])
     if first.endswith(".py") or ("/" in first and ":" not in first):
@@ -201,9 +202,9 @@ def parse_entry(text: str) -> Entry:
 
 def _object_target(word: str) -> str | None:
     """`word` as "pkg.mod:obj", or None if it cannot mean an object."""
-    if _OBJECT.fullmatch(word):
+    if re.fullmatch(_OBJECT, word):
         return word
-    if _DOTTED.fullmatch(word) and "." in word:
+    if re.fullmatch(_DOTTED, word) and "." in word:
         module, _, name = word.rpartition(".")
         return f"{module}:{name}"
     return None

@@ -27,8 +27,18 @@ _NO_AGENT_FOR = frozenset(("-h", "--help", "--dry-run", "--dry_run"))
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the launcher with `argv` (default: the process's) and give the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    spawn.become_subreaper()
+    try:
+        return _start(argv)
+    except KeyboardInterrupt:  # before the job has begun
+        return 130
+    finally:
+        # An agent without an assignment ends with its input, that is, with this process.
+        sys.stderr.flush()
+
+
+def _start(argv: Sequence[str]) -> int:
     agent = None if _NO_AGENT_FOR & set(argv) else local.start_agent()
+    spawn.become_subreaper()
     from runtime.errors import ConfigError  # after the agent has been started
 
     try:
@@ -37,11 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             sys.stderr.write(f"runtime.launch: error: {line}\n")
         return USAGE
-    except KeyboardInterrupt:  # before the job has begun
-        return 130
-    finally:
-        # An agent without an assignment ends with its input, that is, with this process.
-        sys.stderr.flush()
 
 
 def _launch(argv: Sequence[str], agent: local.LocalAgent | None) -> int:

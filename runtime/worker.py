@@ -11,7 +11,6 @@ the node `node.py`'s and, on its own thread, `blocking.py`'s.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import os
@@ -26,7 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime import entrypoint, process_group
-from runtime.errors import MisuseError
+from runtime.errors import Closed, MisuseError
 from runtime.job import ActorInfo, JobInfo
 from runtime.peer import context, method
 
@@ -381,7 +380,10 @@ class _Run:
                 process_group.use_device(spec)
 
             spec, runner = self._spec, self._handlers
-            self._peer = BlockingNode(lambda: Node.from_spec(spec, runner=runner, prepare=device))
+            self._peer = BlockingNode(
+                lambda: Node.from_spec(spec, runner=runner, prepare=device),
+                on_failure=runner.stop,
+            )
         self._peer.begin()
         return self._peer
 
@@ -401,7 +403,7 @@ class _Run:
         endpoint = peer.node.endpoint
         for function in method.rpc_functions(loaded.module):
             endpoint.export_function(function)
-        with process_group.opened(spec), contextlib.closing(self._user_loop):
+        with process_group.opened(spec):
             if is_class:
                 self._run_instance(loaded.callable(), peer)
                 return
@@ -424,7 +426,7 @@ class _Run:
             # Known to others only now: calls that come before the set-up is done wait at the caller.
             peer.run(peer.node.join())
             if serves:
-                self._serve()
+                self._serve(peer)
             else:
                 self._user_loop.finish(instance.run())
         except BaseException as error:
@@ -436,9 +438,11 @@ class _Run:
         with entrypoint.bounded("teardown()", limit, 1):
             self._call_if_there(instance, "teardown")
 
-    def _serve(self) -> None:
+    def _serve(self, peer: BlockingNode) -> None:
         self._stop.leave_to(self._handlers.stop)
         self._handlers.serve()
+        if not self._stop.requested:
+            raise Closed("this worker cannot serve calls any more: its node failed") from peer.error
 
     def _call_if_there(self, instance: Any, name: str) -> None:
         function = getattr(instance, name, None)
@@ -471,8 +475,8 @@ class _Run:
         code = entrypoint.exit_code(error)
         self._report(error)
         limit = self._grace if code or self._stop.requested else None
-        with entrypoint.bounded("threads and exit handlers of the program", limit, code):
-            entrypoint.finish_program()
+        with entrypoint.bounded("what the program left running", limit, code):
+            entrypoint.finish_program(self._user_loop.close)
         if self._peer is not None and os.getpid() == self._pid:
             self._peer.stop(_NODE_CLOSE_S, leave=code == 0)
         return code

@@ -232,3 +232,79 @@ def _in_child(work: Callable[[], int]) -> int:
     os.kill(pid, 9)
     os.waitpid(pid, 0)
     raise AssertionError("the forked child hangs")
+
+
+def test_a_node_that_fails_by_itself_is_told() -> None:
+    failed = threading.Event()
+    peer = BlockingNode(_WholeJob, on_failure=failed.set)
+    peer.start()
+
+    async def fail() -> None:
+        peer.node.spawn(_fail(), "to fail")
+
+    peer.run(fail())
+    assert failed.wait(5)
+    peer.stop()
+    assert isinstance(peer.error, KeyError)
+
+
+def test_a_stop_during_the_start_is_heard() -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def make() -> Node:
+        started.set()
+        go_on.wait(5)
+        return _WholeJob()
+
+    peer = BlockingNode(make)
+    peer.begin()
+    assert started.wait(5)
+    assert not peer.stop(timeout=0.01)
+    go_on.set()
+    assert peer.stop(timeout=5)
+
+
+def test_what_runs_when_the_node_ends_is_told_that_it_is_closed() -> None:
+    peer = BlockingNode(_WholeJob)
+    peer.start()
+    waits = threading.Event()
+    raised: list[BaseException] = []
+
+    async def wait_for_ever() -> None:
+        waits.set()
+        await asyncio.Event().wait()
+
+    def call() -> None:
+        try:
+            peer.run(wait_for_ever())
+        except Closed as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert waits.wait(5)
+    assert peer.stop()
+    thread.join(5)
+    assert len(raised) == 1
+
+
+def test_callers_that_come_while_the_node_ends_never_hang() -> None:
+    for _ in range(20):
+        peer = BlockingNode(_WholeJob)
+        peer.start()
+        ended: list[str] = []
+
+        def call(peer: BlockingNode = peer, ended: list[str] = ended) -> None:
+            try:
+                while True:
+                    peer.run(asyncio.sleep(0))
+            except Closed:
+                ended.append("closed")
+
+        callers = [threading.Thread(target=call) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        assert peer.stop(timeout=5)
+        for caller in callers:
+            caller.join(5)
+        assert ended == ["closed"] * 3

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.errors import ConfigError, nearest
+from runtime.errors import ConfigError
 from runtime.job import (
     Entry,
     JobSpec,
@@ -432,8 +432,5 @@ def test_equality_is_of_what_is_said() -> None:
     assert job(role()) != replace(job(role()), config={"lr": 1})
 
 
-def test_suggestions_are_near_or_absent() -> None:
-    assert nearest("totl", ["total", "kind"]) == " (did you mean total?)"
-    assert nearest("--nproc", ["--np", "--nproc-per-node"]) == " (did you mean --nproc-per-node?)"
-    assert nearest("zzz", ["total", "kind"]) == ""
+def test_instances_are_named_by_role_and_rank() -> None:
     assert actor_name("a", 3) == "a-3"

@@ -352,3 +352,44 @@ def test_reports_keep_the_last_step_and_refuse_what_is_no_number(tmp_path: Path)
     assert (worker.progress.step, worker.progress.metrics) == (3, {"loss": 0.5})
     with pytest.raises(MisuseError, match="step='4'"):
         worker.report(step="4")  # type: ignore[arg-type]
+
+
+def test_an_async_function_that_left_a_thread_hanging_does_not_hang_a_failed_worker(
+    tmp_path: Path,
+) -> None:
+    ended = run_script(
+        tmp_path,
+        """
+        import asyncio, time
+        async def main():
+            asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)
+            await asyncio.sleep(0.1)
+            raise ValueError("first")
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(main())
+        """,
+        shutdown_timeout_s=0.3,
+    )
+    assert ended.code == 1
+    assert "ValueError: first" in ended.stderr
+    assert "did not end within 0.3 s" in ended.stderr
+
+
+def test_a_hook_of_the_program_that_fails_itself_does_not_hide_the_error(tmp_path: Path) -> None:
+    ended = run_script(
+        tmp_path,
+        """
+        import sys
+        sys.excepthook = lambda *_: 1 / 0
+        raise ValueError("the one to see")
+        """,
+    )
+    assert ended.code == 1
+    assert "ValueError: the one to see" in ended.stderr
+    assert ended.error is not None
+
+
+def test_a_closed_stderr_changes_no_exit_code(tmp_path: Path) -> None:
+    ended = run_script(tmp_path, "import sys\nsys.stderr.close()\nsys.exit('text')")
+    assert ended.code == 1
+    assert ended.error is not None

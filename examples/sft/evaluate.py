@@ -38,4 +38,10 @@ class Evaluator:
         with torch.no_grad():
             loss = nats_per_byte(self.model(self.data), self.targets).item()
         sample = write(self.model, b"def ", self.settings.sample_bytes, seed=step)
-        return Evaluation(step, loss, sample.decode("utf-8", "replace"))
+        return Evaluation(step, loss, printable(sample))
+
+
+def printable(text: bytes) -> str:
+    """What a terminal can show; a model that has learnt little writes anything."""
+    shown = text.decode("utf-8", "replace")
+    return "".join(c if c.isprintable() or c == "\n" else "\N{MIDDLE DOT}" for c in shown)

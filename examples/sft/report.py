@@ -47,8 +47,8 @@ class Curve:
         self.losses: dict[int, float] = {}
         if path.exists():
             with path.open() as file:
-                rows = [row for row in csv.reader(file) if len(row) == 2 and all(row)][1:]
-            known = {int(step): float(loss) for step, loss in rows}
+                rows = csv.DictReader(file)
+                known = {int(row["step"]): float(row["nats_per_byte"]) for row in rows}
             self.losses = {step: loss for step, loss in known.items() if step <= until_step}
         self.save()
 

@@ -116,9 +116,10 @@ def restore(
     if found[0] is None:
         return 0
     state = torch.load(io.BytesIO(found[0]), weights_only=True)
-    if state["seed"] != settings.seed:
+    if state["seed"] != settings.seed or state["step"] > settings.steps:
         raise ValueError(
-            f"the checkpoint is of a run with seed {state['seed']}, not {settings.seed}"
+            f"the checkpoint has seed {state['seed']} and step {state['step']}: "
+            f"it cannot be gone on from with seed {settings.seed} to step {settings.steps}"
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

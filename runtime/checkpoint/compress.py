@@ -55,25 +55,20 @@ def expand(stored: bytes, compression: str | None) -> bytes:
     if compression is None:
         return stored
     try:
-        if compression == "gzip":
-            return _gunzip(stored)
-        if compression == "zstd":
-            whole: bytes = _module("zstd").ZstdDecompressor().decompressobj().decompress(stored)
+        if compression == "lz4":
+            whole: bytes = _module("lz4").decompress(stored)
             return whole
-        whole = _module("lz4").decompress(stored)
+        stream: Any = zlib.decompressobj(wbits=_GZIP)
+        if compression == "zstd":
+            stream = _module("zstd").ZstdDecompressor().decompressobj()
+        whole = stream.decompress(stored)
+        if not stream.eof:
+            raise ValueError("the end is missing")
         return whole
     except ConfigError:
         raise
     except Exception as error:  # each package has errors of its own for the same thing
         raise ValueError(f"not {compression} data: {error}") from error
-
-
-def _gunzip(stored: bytes) -> bytes:
-    stream = zlib.decompressobj(wbits=_GZIP)
-    whole = stream.decompress(stored) + stream.flush()
-    if not stream.eof:
-        raise ValueError("the end is missing")
-    return whole
 
 
 def _module(compression: str) -> Any:

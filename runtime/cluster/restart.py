@@ -11,10 +11,8 @@ Each role (gang) or actor (one) may be restarted `max` times. The job ends well 
 driver role has returned 0; the other roles are then asked to stop. It ends badly when a failure cannot be
 restarted, when it is stopped from outside, or when its time is up.
 
-Which failure was the *first* is decided at the end, when all are known: what a worker does after it was
-asked to stop is no failure; an error that only tells of another worker's death is a consequence of it; of
-the rest the earliest counts, by the time in its own error report where there is one. A death by signal is
-taken to be a moment earlier than it was seen: the errors that it causes can be reported before it is.
+Which failure was the *first* is decided at the end, when all are known (`failures.py`). What a worker
+does after it was asked to stop is no failure.
 
 Three attempts of a role that fail with the same error at the same reported step are not tried a fourth time.
 """
@@ -25,15 +23,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from runtime.cluster.failures import SIGNAL_HEAD_START_S, Failure, first_of, root_of
 from runtime.control.messages import Operation, mapping, operation, text, whole
 from runtime.errors import MisuseError
 from runtime.machine import Call, Effect, Emit, Message, Reply, Send
 
 _SIGTERM = 15
-_SIGNAL_HEAD_START_S = 0.1
 _SAME_FAILURES = 3
 _FAILURES_KEPT = 256
-_CONSEQUENCES = ("PeerLostError", "BarrierBroken", "WorkerFailureError")
 
 TIMED_OUT = 124
 
@@ -70,40 +67,6 @@ class _Role:
     """By actor ("" for a gang): what the last attempts failed with."""
 
 
-@dataclass(slots=True)
-class _Failure:
-    """One failed process. Times are wall clock, from the reports of the agents."""
-
-    name: str
-    role: str
-    rank: int
-    host: str
-    pid: int
-    attempt: int
-    incarnation: int
-    code: int
-    signal: int
-    cause: str
-    at: float
-    error: dict[str, Any]
-    step: int | None = None
-    recovered: bool = False
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.signal if self.signal else self.code
-
-    @property
-    def happened(self) -> float:
-        return self.at - (_SIGNAL_HEAD_START_S if self.signal and not self.error else 0.0)
-
-    def blames(self) -> str | None:
-        """The text of an error that tells of somebody else's death; None when it is of its own."""
-        if str(self.error.get("type", "")).rpartition(".")[2] in _CONSEQUENCES:
-            return str(self.error.get("message", ""))
-        return None
-
-
 class Supervision:
     """The machine "supervision".
 
@@ -116,7 +79,7 @@ class Supervision:
 
     def __init__(self) -> None:
         self._roles: dict[str, _Role] = {}
-        self._failures: list[_Failure] = []
+        self._failures: list[Failure] = []
         self._stage = "new"
         self._code: int | None = None
         self._reason = ""
@@ -183,7 +146,7 @@ class Supervision:
             for role in state["roles"]
         ]
         self._roles = {role.name: role for role in roles}
-        self._failures = [_Failure(**failure) for failure in state["failures"]]
+        self._failures = [Failure(**failure) for failure in state["failures"]]
         self._stage, self._code, self._reason = state["stage"], state["code"], state["reason"]
         self._stop_timeout_s, self._restart_timeout_s, self._timeout_s = state["timeouts"]
         self._deadline, self._seen = state["deadline"], state["seen"]
@@ -266,9 +229,9 @@ class Supervision:
         if asked and role.stop_seen is not None:
             # Before the stop could have reached it: an error of its own, or somebody else's signal.
             own = at < role.stop_seen if error else number not in (0, _SIGTERM)
-            if not own or (not error and seen > role.stop_seen + _SIGNAL_HEAD_START_S):
+            if not own or (not error and seen > role.stop_seen + SIGNAL_HEAD_START_S):
                 return False
-        failure = _Failure(
+        failure = Failure(
             actor.name,
             role.name,
             actor.rank,
@@ -302,7 +265,7 @@ class Supervision:
         failure = self._failures[-1]
         if actor.restarts >= role.max:
             return self._give_up("")
-        if reason := self._repeated(role, failure, actor.name):
+        if reason := _repeated(role, failure, actor.name):
             return self._give_up(reason)
         actor.restarts += 1
         failure.recovered, role.stop_seen = True, None
@@ -313,9 +276,9 @@ class Supervision:
             return []
         role.restarting = False
         mine = [f for f in self._failures if f.role == role.name and not f.recovered]
-        first = _first(mine)
+        first = first_of(mine)
         assert first is not None
-        if reason := self._repeated(role, first, ""):
+        if reason := _repeated(role, first, ""):
             return self._give_up(reason)
         for failure in mine:
             failure.recovered = True
@@ -323,19 +286,6 @@ class Supervision:
         role.stop_seen = None
         told = _restarting(role, role.actors, first, role.attempt)
         return [told, *self._start(role, role.actors)]
-
-    def _repeated(self, role: _Role, failure: _Failure, key: str) -> str:
-        """In words, if the same error came at the same step in three attempts running."""
-        error = failure.error
-        signature = [error.get("type"), error.get("message"), error.get("traceback"), failure.step]
-        last = [*role.signatures.get(key, []), signature][-_SAME_FAILURES:]
-        role.signatures[key] = last
-        if failure.step is None or not error or last != [signature] * _SAME_FAILURES:
-            return ""
-        return (
-            f"{failure.name} failed with the same error at step {failure.step} in {_SAME_FAILURES} "
-            "attempts running: not restarted again"
-        )
 
     def _give_up(self, reason: str) -> list[Effect]:
         """The job fails. With what code is decided when everybody has ended."""
@@ -377,7 +327,7 @@ class Supervision:
         self._deadline = None
         current = [failure for failure in self._failures if not failure.recovered]
         failed = self._code is None
-        first = self._root(current) if failed else None
+        first = root_of(current, self._failures) if failed else None
         code = first.exit_code if first is not None else (self._code or 0)
         others = [f for f in sorted(current, key=lambda f: f.happened) if f is not first]
         end = _directive(
@@ -389,14 +339,6 @@ class Supervision:
         )
         agents = {actor.agent for role in self._roles.values() for actor in role.actors}
         return [Send(agent, end) for agent in sorted(agents)]
-
-    def _root(self, current: list[_Failure]) -> _Failure | None:
-        """The first failure; where it only tells of another's death, that one if it is known."""
-        first = _first(current)
-        if first is not None and (blamed := first.blames()) is not None:
-            causes = [f for f in self._failures if f is not first and _names(blamed, f.name)]
-            return causes[-1] if causes else first
-        return first
 
     # -- helpers ------------------------------------------------------------------------------
 
@@ -435,20 +377,21 @@ class Supervision:
         return [Send(agent, directive(names)) for agent, names in by_agent.items()]
 
 
-def _first(failures: list[_Failure]) -> _Failure | None:
-    return min(failures, key=lambda f: (f.blames() is not None, f.happened), default=None)
+def _repeated(role: _Role, failure: Failure, key: str) -> str:
+    """In words, if the same error came at the same step in three attempts running."""
+    error = failure.error
+    signature = [error.get("type"), error.get("message"), error.get("traceback"), failure.step]
+    last = [*role.signatures.get(key, []), signature][-_SAME_FAILURES:]
+    role.signatures[key] = last
+    if failure.step is None or not error or last != [signature] * _SAME_FAILURES:
+        return ""
+    return (
+        f"{failure.name} failed with the same error at step {failure.step} in {_SAME_FAILURES} "
+        "attempts running: not restarted again"
+    )
 
 
-def _names(sentence: str, name: str) -> bool:
-    """Whether an error's text names an actor: "trainer-1" is not in "trainer-10 is gone"."""
-    before, found, after = sentence.partition(name)
-    if not found:
-        return False
-    whole_word = not (after[:1].isdigit() or before[-1:].isalnum() or before.endswith(("-", "_")))
-    return whole_word or _names(after, name)
-
-
-def _restarting(role: _Role, actors: list[_Actor], failure: _Failure, count: int) -> Emit:
+def _restarting(role: _Role, actors: list[_Actor], failure: Failure, count: int) -> Emit:
     return Emit(
         {
             "kind": "restarting",

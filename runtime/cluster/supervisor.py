@@ -11,60 +11,27 @@ deaths by signal first, then by the time of their error files. So the first fail
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
-import pickle
-import secrets
 import signal
-import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from runtime import aio
-from runtime.cluster.ports import PortChooser
+from runtime.cluster.exits import OwnReport, oom_kills, read_report, wall_clock
+from runtime.cluster.starting import Ask, HostSettings, Starting
 from runtime.errors import RuntimeFault
 from runtime.job import ActorInfo, RoleSpec
-from runtime.launcher import child, spawn
-from runtime.launcher.output import Capture, Outputs, Source
-from runtime.launcher.plan import Launch, Plan, Start, WorkerSpec, planned_actors, worker_env
-from runtime.launcher.starter import NewWorker, Starter, close_streams
+from runtime.launcher import spawn
+from runtime.launcher.output import Capture, Outputs
+from runtime.launcher.starter import Starter
 from runtime.launcher.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-Ask = Callable[[str, Mapping[str, Any]], Awaitable[Any]]
-"""Ask a machine of the control plane: its name and a message."""
-
-WORKER = "runtime.worker:main"
-PROGRAM = "runtime.launcher.child:exec_program"
-BASE_PRELOAD = ("runtime.worker", "runtime.node", "runtime.transport.sockets")
-"""What every worker of ours imports; the fork server does it once."""
 _RESTART_GRACE_S = 2.0
 _LAST_OUTPUT_S = 1.0
 _SHOWN_LINES = 50
-
-
-@dataclass(frozen=True)
-class HostSettings:
-    """What the supervisor of one host works with. Times are seconds.
-
-    `env` is what workers inherit; `job_dir` the private folder of the job's sockets.
-    """
-
-    plan: Plan
-    host: str
-    agent: str
-    agent_address: str
-    job_dir: str
-    workdir: str
-    env: Mapping[str, str]
-    addr: str = "127.0.0.1"
-    port_range: tuple[int, int] | None = None
-    shutdown_timeout_s: float = 10.0
-    timeout_s: float | None = None
 
 
 @dataclass
@@ -109,15 +76,14 @@ class Supervisor(aio.Service):
         super().__init__("supervisor")
         self._settings, self._ask = settings, ask
         self._starter, self._outputs, self._notify = starter, outputs, notify
-        self._actors = {info.name: info for info in planned_actors(settings.plan)}
-        self._launches = {launch.env["RUNTIME_ACTOR"]: launch for launch in settings.plan.launches}
+        self._starting = Starting(settings, ask, starter=starter, outputs=outputs, service=self)
+        self._actors = self._starting.actors
         self._processes: dict[str, _Process] = {}
         self._starts: dict[str, asyncio.Task[None]] = {}
         self._tails: dict[tuple[str, int], Capture] = {}
         self._seen: list[_Ended] = []
         self._reports: asyncio.Queue[list[_Ended] | dict[str, Any]] = asyncio.Queue()
         self._telling = asyncio.Lock()
-        self._ports = PortChooser(settings.port_range)
         self.ended: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
 
     # -- from outside -------------------------------------------------------------------------
@@ -130,12 +96,7 @@ class Supervisor(aio.Service):
             for info in self._actors.values()
         ]
         await self._ask("membership", {"op": "declare", "actors": actors})
-        for role in plan.job.roles.values():
-            if role.kind == "elastic" and self._mine(role.name):
-                nodes = sum(host.local or True for host in plan.hosts)
-                low = min(role.nnodes[0], nodes)
-                opened = {"op": "open", "role": role.name, "min": low, "max": max(low, 1)}
-                await self._ask("rendezvous", opened)
+        await self._starting.open_rendezvous()
         begin = {
             "op": "begin",
             "roles": [self._supervised(role) for role in plan.job.roles.values()],
@@ -147,7 +108,7 @@ class Supervisor(aio.Service):
 
     async def stop(self, reason: str, code: int) -> None:
         """Ask all workers to stop; the job ends with `code`."""
-        message = {"op": "stop", "reason": reason, "code": code, "seen": _wall_clock()}
+        message = {"op": "stop", "reason": reason, "code": code, "seen": wall_clock()}
         await self._ask("supervision", message)
 
     async def kill(self, reason: str, code: int) -> None:
@@ -176,13 +137,6 @@ class Supervisor(aio.Service):
 
     # -- starting -----------------------------------------------------------------------------
 
-    def _mine(self, role: str) -> list[Launch]:
-        return [
-            launch
-            for launch in self._settings.plan.launches
-            if launch.role == role and launch.host == self._settings.host
-        ]
-
     def _supervised(self, role: RoleSpec) -> dict[str, Any]:
         actors = [info for info in self._actors.values() if info.role == role.name]
         return {
@@ -202,7 +156,7 @@ class Supervisor(aio.Service):
         incarnations: dict[str, int] = dict(message["actors"])
         code, reason = 0, ""
         try:
-            place = await self._rendezvous(role, int(message["attempt"]))
+            place = await self._starting.place(role, int(message["attempt"]))
             await self._start_all(role, incarnations, place)
         except asyncio.CancelledError:
             reason = "stopped before it was started"
@@ -219,155 +173,28 @@ class Supervisor(aio.Service):
             self._notify({"event": "message", "text": f"cannot start {role.name}: {reason}"})
             self._report_unstarted(incarnations, spawn.Exit(code=code), reason)
 
-    async def _rendezvous(self, role: RoleSpec, attempt: int) -> Mapping[str, Any]:
-        if role.kind != "elastic":
-            return {}
-        message = {
-            "op": "join",
-            "role": role.name,
-            "round": attempt,
-            "node": self._settings.agent,
-            "slots": len(self._mine(role.name)),
-            "addr": self._settings.addr,
-            "port": self._ports.choose(),
-        }
-        place: Mapping[str, Any] = await self._ask("rendezvous", message)
-        return place
-
     async def _start_all(
         self, role: RoleSpec, incarnations: Mapping[str, int], place: Mapping[str, Any]
     ) -> None:
-        workers: list[NewWorker] = []
-        specs: list[WorkerSpec] = []
-        captures: list[Capture] = []
-        for name, incarnation in incarnations.items():
-            capture = self._capture(name, incarnation)
-            spec = self._spec(role, name, incarnation, place, capture)
-            _remove(spec.error_file)
-            stdout, stderr = capture.open()
-            workers.append(NewWorker(self._order(spec), stdout, stderr))
-            specs.append(spec)
-            captures.append(capture)
-        for capture in captures:
-            capture.run(self._outputs)
-        oom_kills = _oom_kills()
-        async with self._telling:  # the death that this start answers is told before it
-            for spec in specs:
-                await self._ask("membership", self._starting(spec))
-        pids = await self._new_processes(role, workers)
-        for pid, spec, capture in zip(pids, specs, captures, strict=True):
+        prepared = self._starting.prepare(role, incarnations, place)
+        kills = oom_kills()
+        try:
+            async with self._telling:  # the death that this start answers is told before it
+                await self._starting.announce(prepared)
+        except BaseException:
+            self._starting.drop(prepared)
+            raise
+        pids = await self._starting.processes(role, prepared)
+        for pid, (spec, capture, _) in zip(pids, prepared, strict=True):
             capture.pid = pid
             watch = Watch(pid, self._exited)
             process = _Process(
-                spec.info, spec.incarnation, spec.peer, spec.error_file, capture, watch, oom_kills
+                spec.info, spec.incarnation, spec.peer, spec.error_file, capture, watch, kills
             )
             self._processes[spec.info.name] = process
             self._tails[spec.info.name, spec.incarnation] = capture
             started = {"name": spec.info.name, "pid": pid, "incarnation": spec.incarnation}
             self._notify({"event": "started", **started})
-
-    async def _new_processes(self, role: RoleSpec, workers: Sequence[NewWorker]) -> list[int]:
-        """Their pids. May be cancelled at any time: what was started by then is killed."""
-        starter = self._starter
-        if role.start_method == "spawn" or role.python is not None:
-            work = starter.exec(role.python or sys.executable, workers)
-        else:
-            try:
-                await starter.prepare([worker.order for worker in workers])
-            except BaseException:
-                close_streams(workers)
-                raise
-            work = starter.fork(workers)
-        starting = self.spawn(_pids_or_error(work), f"processes of {role.name}")
-        try:
-            pids = await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            started = await starting  # a matter of milliseconds: nothing is imported in it
-            for pid in started if isinstance(started, list) else []:
-                spawn.send_signal(pid, signal.SIGKILL)
-            raise
-        if isinstance(pids, OSError):
-            raise pids
-        return pids
-
-    def _capture(self, name: str, incarnation: int) -> Capture:
-        info = self._actors[name]
-        position = list(self._settings.plan.job.roles).index(info.role)
-        source = Source(info.role, info.rank, info.local_rank, info.host, incarnation, position)
-        return self._outputs.capture(source)
-
-    def _spec(
-        self,
-        role: RoleSpec,
-        name: str,
-        incarnation: int,
-        place: Mapping[str, Any],
-        capture: Capture,
-    ) -> WorkerSpec:
-        settings, info, launch = self._settings, self._actors[name], self._launches[name]
-        rank, world_size = info.rank, info.world_size
-        if place:
-            rank, world_size = place["first_rank"] + info.local_rank, place["world_size"]
-        info = replace(info, rank=rank, world_size=world_size, restart_count=incarnation)
-        folder = capture.folder or settings.job_dir
-        error_file = os.path.join(folder, "error.json" if capture.folder else f"{name}.json")
-        start = Start(
-            incarnation,
-            incarnation,
-            error_file,
-            place.get("master_addr"),
-            place.get("master_port"),
-            rank if place else None,
-            world_size if place else None,
-            place.get("group_rank"),
-            place.get("group_world_size"),
-        )
-        token = secrets.token_hex(4)
-        number = launch.env["RUNTIME_GLOBAL_RANK"]
-        return WorkerSpec(
-            job_id=settings.plan.job_id,
-            job=settings.plan.job,
-            info=info,
-            entry=role.entry,
-            env=worker_env(launch, settings.env, start),
-            actors=tuple(self._actors.values()),
-            peer=f"{name}.{token}",
-            address=f"ipc://{settings.job_dir}/{number}.{token}",
-            agent_peer=settings.agent,
-            agent_address=settings.agent_address,
-            agent_pid=os.getpid(),
-            incarnation=incarnation,
-            workdir=role.workdir or settings.workdir,
-            error_file=error_file,
-            preload=(*BASE_PRELOAD, *(role.preload or ())),
-            init_process_group=role.sets_up_process_group,
-            node_check=role.checks_node,
-            shutdown_timeout_s=settings.shutdown_timeout_s,
-        )
-
-    @staticmethod
-    def _order(spec: WorkerSpec) -> child.Order:
-        program = spec.entry.form == "program"
-        argument: Any = (spec.entry.target, *spec.entry.args) if program else spec
-        return child.Order(
-            PROGRAM if program else WORKER,
-            pickle.dumps(argument, protocol=5),
-            dict(spec.env),
-            spec.workdir,
-            spec.agent_pid,
-            spec.preload,
-            spec.info.name,
-        )
-
-    def _starting(self, spec: WorkerSpec) -> dict[str, Any]:
-        return {
-            "op": "starting",
-            "name": spec.info.name,
-            "incarnation": spec.incarnation,
-            "peer": spec.peer,
-            "host": self._settings.host,
-            "agent": self._settings.agent,
-        }
 
     # -- stopping -----------------------------------------------------------------------------
 
@@ -397,10 +224,11 @@ class Supervisor(aio.Service):
             process.kill_timer.cancel()
         if not self._seen:
             asyncio.get_running_loop().call_soon(self._report_seen)
-        seen = _wall_clock()
+        seen = wall_clock()
         failed = exit != spawn.Exit()
-        at, error, step = _read_error(process.error_file) if failed else (None, {}, None)
-        self._seen.append(_Ended(process, exit, at or seen, seen, error, step))
+        report = read_report(process.error_file) if failed else OwnReport()
+        ended = _Ended(process, exit, report.at or seen, seen, report.error, report.step)
+        self._seen.append(ended)
 
     def _report_seen(self) -> None:
         for process in list(self._processes.values()):
@@ -425,7 +253,7 @@ class Supervisor(aio.Service):
     async def _tell(self, end: _Ended) -> None:
         process, name = end.process, end.process.info.name
         cause = end.exit.cause
-        if end.exit.signal == signal.SIGKILL and _oom_kills() > process.oom_kills:
+        if end.exit.signal == signal.SIGKILL and oom_kills() > process.oom_kills:
             cause += " (out of memory: the cgroup's oom_kill count rose)"
         report = {
             "op": "exited",
@@ -466,7 +294,7 @@ class Supervisor(aio.Service):
     def _report_unstarted(
         self, incarnations: Mapping[str, int], exit: spawn.Exit, reason: str
     ) -> None:
-        now = _wall_clock()
+        now = wall_clock()
         for name, incarnation in incarnations.items():
             if name in self._processes:  # this one was started before the start failed
                 self._processes[name].watch.kill()
@@ -504,58 +332,3 @@ class Supervisor(aio.Service):
                 }
         if not self.ended.done():
             self.ended.set_result(end)
-
-
-async def _pids_or_error(work: Awaitable[list[int]]) -> list[int] | OSError:
-    """A program that cannot be executed is the role's failure, not that of the service it runs in."""
-    try:
-        return await work
-    except OSError as error:
-        return error
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-
-
-def _wall_clock() -> float:
-    return datetime.now(UTC).timestamp()
-
-
-def _read_error(path: str) -> tuple[float | None, dict[str, Any], int | None]:
-    """When a worker wrote about its error, what, and at which step: torchelastic's file."""
-    try:
-        with open(path, "rb") as file:
-            record = json.load(file)
-            # The file's own time: the one inside has whole seconds only, as torchelastic's.
-            at = os.fstat(file.fileno()).st_mtime
-        message = record["message"]
-        if isinstance(message, str):
-            message = {"message": message}
-        extra = message.get("extraInfo") or {}
-        error = {
-            "type": str(record.get("type", "")),
-            "message": str(message.get("message", "")),
-            "traceback": str(extra.get("py_callstack", "")),
-        }
-        step = record.get("step")
-        return at, error, step if isinstance(step, int) else None
-    except FileNotFoundError:
-        return None, {}, None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
-        logger.warning("cannot read %s: %s", path, problem)
-        return None, {}, None
-
-
-def _oom_kills() -> int:
-    """How often the kernel killed for memory in our cgroup; 0 where that cannot be seen."""
-    try:
-        with open("/proc/self/cgroup") as file:
-            path = next(line[3:].strip() for line in file if line.startswith("0::"))
-        with open(f"/sys/fs/cgroup{path}/memory.events") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return 0

@@ -103,7 +103,10 @@ class Barrier:
         return {
             "members": {name: asdict(member) for name, member in self._members.items()},
             "arrived": [
-                [*key, [[name, [call_state(call) for call in calls]] for name, calls in there.items()]]
+                [
+                    *key,
+                    [[name, [call_state(call) for call in calls]] for name, calls in there.items()],
+                ]
                 for key, there in self._arrived.items()
             ],
             "completed": self._completed,

@@ -64,6 +64,7 @@ class ControlClient(Service):
         self._known: dict[str, PeerAddress] = {}
         self._resolving: dict[str, asyncio.Task[PeerAddress | RuntimeFault]] = {}
         self._causes: dict[str, str] = {}
+        self._watching: asyncio.Task[None] | None = None
         self.told: Callable[[Message], None] | None = None
 
     @property
@@ -89,6 +90,8 @@ class ControlClient(Service):
 
     async def leave(self) -> None:
         """Tell the job that this process ends. Bounded; not being heard is no error."""
+        if self._watching is not None:
+            self._watching.cancel()  # who has left is not answered any more
         try:
             who = self._identity("leave")
             await self.ask("membership", {"op": "leave", **who}, timeout=_LEAVE_S)
@@ -179,7 +182,7 @@ class ControlClient(Service):
 
     async def _on_start(self) -> None:
         self._endpoint.export("control.told", self._on_told)
-        self.serve(self._watch(), "watch")
+        self._watching = self.serve(self._watch(), "watch")
 
     async def _watch(self) -> None:
         """Keep up with the membership, one long poll after the other."""
@@ -188,8 +191,12 @@ class ControlClient(Service):
             message = {"op": "watch", "since": version}
             try:
                 news = await self._asker.ask("membership", message, quiet=True)
+            except MisuseError as error:
+                # We were given up, though we live: what we know of others stays as it is.
+                logger.error("this process is no part of the job any more: %s", error)
+                await asyncio.Event().wait()
             except RuntimeFault as error:
-                logger.warning("the membership cannot be watched at the moment: %s", error)
+                logger.info("the membership cannot be watched at the moment: %s", error)
                 await backoff.wait()
                 continue
             backoff.reset()

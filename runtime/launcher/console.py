@@ -14,13 +14,16 @@ import threading
 from collections import deque
 from typing import Literal
 
+from runtime import aio
+
 _LIMIT = 4 * 1024 * 1024
 
 
 class Console:
-    """Writes to descriptors 1 and 2. `write` never blocks. Used on one event loop."""
+    """Writes to two descriptors. `write` never blocks. Used on one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, stdout: int = 1, stderr: int = 2) -> None:
+        self._fds = {"stdout": stdout, "stderr": stderr}
         self._loop = asyncio.get_running_loop()
         self._blocks: deque[tuple[int, bytes]] = deque()
         self._waiting_bytes = 0
@@ -29,13 +32,14 @@ class Console:
         self._gone: set[int] = set()
         self._room = asyncio.Event()
         self._room.set()
+        self._done = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="console", daemon=True)
         self._thread.start()
 
     def write(self, stream: Literal["stdout", "stderr"], data: bytes) -> None:
         """Queue whole lines."""
         with self._wake:
-            self._blocks.append((1 if stream == "stdout" else 2, data))
+            self._blocks.append((self._fds[stream], data))
             self._waiting_bytes += len(data)
             if self._waiting_bytes > _LIMIT:
                 self._room.clear()
@@ -45,13 +49,19 @@ class Console:
         """Return when little waits to be written."""
         await self._room.wait()
 
-    def close(self, timeout: float) -> bool:
-        """Write what waits, for at most `timeout` seconds (blocking). False when it took longer."""
+    async def close(self, hurry: asyncio.Event, grace_s: float = 1.0) -> None:
+        """Return when everything is written: a reader may take its time. When `hurry` is set, what a
+        reader does not take within `grace_s` seconds is dropped."""
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        async with aio.background(self._give_up(hurry, grace_s), "console"):
+            await self._done.wait()
+
+    async def _give_up(self, hurry: asyncio.Event, grace_s: float) -> None:
+        await hurry.wait()
+        await asyncio.sleep(grace_s)
+        self._done.set()
 
     def _run(self) -> None:
         while True:
@@ -59,6 +69,7 @@ class Console:
                 while not self._blocks and not self._closed:
                     self._wake.wait()
                 if not self._blocks:
+                    self._loop.call_soon_threadsafe(self._done.set)
                     return
                 fd, data = self._blocks.popleft()
             self._write(fd, data)

@@ -39,6 +39,10 @@ class Sources(Protocol):
         """The same, as seen by a worker that starts in `directory`."""
         ...
 
+    def has_directory(self) -> bool:
+        """Whether the directory that they start in exists."""
+        ...
+
     def module(self, name: str) -> Module | None:
         """The module of that dotted name, or None if there is none."""
         ...

@@ -22,14 +22,15 @@ from runtime.launcher.plan import Host
 MAX_HOSTS = 16_384
 """More in one list is taken for a mistyped range."""
 
-_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
-_IPV6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9_.-]+)?")
-_WORD = re.compile(
+# Patterns are compiled when first used (and kept by `re`): most launches name no host.
+_NAME = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+_IPV6 = r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9_.-]+)?"
+_WORD = (
     r"((?P<user>[^@:\[\]]+)@)?"
     r"(?P<name>\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[^\]]*)?\]|([^:\[\]]|\[[^\]:]*\])+)"
     r"(:(?P<slots>.*))?"
 )
-_RANGE = re.compile(r"\[([^\]]*)\]")
+_RANGE = r"\[([^\]]*)\]"
 _OUTSIDE_BRACKETS = r"(?![^\[]*\])"
 _ALLOWED = "allowed are HOST, HOST:SLOTS and USER@HOST, with ranges as gpu[01-04,07]"
 
@@ -97,15 +98,15 @@ def _bounded(hosts: Sequence[Host], source: str) -> None:
 
 def _hosts_of_word(word: str) -> list[Host]:
     """ "[user@]name[:slots]", the name maybe a range."""
-    match = _WORD.fullmatch(word)
+    match = re.fullmatch(_WORD, word)
     if match is None:
         raise ValueError(f"{word!r} is no host")
     slots = _positive("slots", match["slots"]) if match["slots"] is not None else None
     name = match["name"]
-    if name.startswith("[") and _IPV6.fullmatch(name[1:-1]):
+    if name.startswith("[") and re.fullmatch(_IPV6, name[1:-1]):
         return [Host(name[1:-1], slots, user=match["user"])]
     names = expand_range(name)
-    bad = next((name for name in names if not _NAME.fullmatch(name)), None)
+    bad = next((name for name in names if not re.fullmatch(_NAME, name)), None)
     if bad is not None:
         raise ValueError(f"{bad!r} is no host name")
     return [Host(name, slots, user=match["user"]) for name in names]
@@ -113,7 +114,7 @@ def _hosts_of_word(word: str) -> list[Host]:
 
 def expand_range(text: str) -> list[str]:
     """Slurm's ranges: "gpu[01-03,07]" is gpu01, gpu02, gpu03, gpu07. Raises ValueError."""
-    match = _RANGE.search(text)
+    match = re.search(_RANGE, text)
     if match is None:
         return [text]
     before, after = text[: match.start()], expand_range(text[match.end() :])

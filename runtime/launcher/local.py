@@ -26,7 +26,8 @@ def start_agent(python: str = sys.executable) -> LocalAgent:
     """Start an agent, which then waits for its assignment. Raises `OSError`."""
     down_read, down_write = os.pipe()
     up_read, up_write = os.pipe()
-    code = spawn.bootstrap("runtime.agent")
+    # Its fork server starts before it has imported anything itself.
+    code = spawn.bootstrap("runtime.agent", first="runtime.launcher.zygote:start_first")
     try:
         pid = spawn.start(
             [python, "-c", code], streams=spawn.Streams(stdin=down_read, stdout=up_write)

@@ -200,6 +200,9 @@ def _looked_up(job: JobSpec, facts: Facts, sources: Sources) -> JobSpec:
     roles: dict[str, RoleSpec] = {}
     for name, role in job.roles.items():
         here = sources.at(role.workdir or facts.cwd)
+        if not here.has_directory():
+            problems.append(f"role {name}: workdir {role.workdir}: no such directory")
+            continue
         # Another interpreter has another path: what it can import is not known here.
         if role.python is None:
             problems += [f"role {name}: {line}" for line in check_entry(role.entry, here)]

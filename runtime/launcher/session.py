@@ -33,7 +33,6 @@ _SIGNALS: Mapping[int, tuple[report.End, str]] = {
 }
 _TOLD_EVERY_S = 2.0
 _CLEANUP_S = 3.0
-_LAST_WRITE_S = 5.0
 _AFTER_END_S = 5.0
 
 
@@ -57,6 +56,7 @@ class Session(aio.Service):
         self._restarts = 0
         self._signalled: Signalled | None = None
         self._signals = 0
+        self._hurry = asyncio.Event()
         self._end: dict[str, Any] | None = None
         self._agent_exit: asyncio.Future[spawn.Exit] = asyncio.get_running_loop().create_future()
 
@@ -64,18 +64,18 @@ class Session(aio.Service):
         """Until the job has ended. The launcher must be a subreaper before."""
         loop = asyncio.get_running_loop()
         watch = Watch(self._agent.pid, lambda _, exit: self._agent_exit.set_result(exit))
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, self._on_signal, number)
         channel = self._channel = await Channel.open(self._agent.read_fd, self._agent.write_fd)
         channel.send(Kind.JOB, pickle.dumps(self._assignment, protocol=5))
         async with self:
+            for number in _SIGNALS:
+                loop.add_signal_handler(number, self._on_signal, number)
             while (frame := await channel.receive()) is not None:
                 await self._take(frame)
             exit = await self._agent_ended(watch)
         await channel.close()
         outcome = self._outcome(exit)
         self._say(report.failure_box(outcome, _width()))
-        self._console.close(_LAST_WRITE_S)
+        await self._console.close(self._hurry)
         return outcome
 
     async def _agent_ended(self, watch: Watch) -> spawn.Exit:
@@ -119,6 +119,9 @@ class Session(aio.Service):
 
     def _on_signal(self, number: int) -> None:
         self._signals += 1
+        self._hurry.set()
+        if not self.running:  # the job has ended; only its last output is still being written
+            return
         if self._signalled is None:
             self._signalled = Signalled(number, *_SIGNALS[number])
             limit = self._assignment.shutdown_timeout_s

@@ -19,7 +19,7 @@ from runtime.launcher.entries import Module
 MAX_BYTES = 1 << 20
 """A longer source file is not read: it is data, not somebody's program."""
 
-_NEEDS_TORCH = re.compile(r"^Requires-Dist: *torch\b(?![-_.\w])(?!.*\bextra\b)", re.M | re.I)
+_NEEDS_TORCH = r"(?mi)^Requires-Dist: *torch\b(?![-_.\w])(?!.*\bextra\b)"
 
 
 class FoundSources:
@@ -31,6 +31,9 @@ class FoundSources:
 
     def at(self, directory: str) -> FoundSources:
         return FoundSources(os.path.join(self._directory, directory), self._extra)
+
+    def has_directory(self) -> bool:
+        return os.path.isdir(self._directory)
 
     def beside(self, path: str) -> FoundSources:
         folder = os.path.dirname(os.path.join(self._directory, path))
@@ -129,7 +132,7 @@ def _requires_torch(top: str, where: str) -> bool:
     for name in names:
         if _normal(name.partition("-")[0]) == wanted:
             metadata = _text(os.path.join(folder, name, "METADATA"))
-            return metadata is not None and _NEEDS_TORCH.search(metadata) is not None
+            return metadata is not None and re.search(_NEEDS_TORCH, metadata) is not None
     return False
 
 

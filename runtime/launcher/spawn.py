@@ -10,8 +10,6 @@ The launcher imports this first of all: no asyncio here.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
 import signal
 import subprocess
@@ -67,13 +65,10 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
 def _prctl(option: int, value: int) -> None:
-    if _libc().prctl(option, value, 0, 0, 0) != 0:
+    import ctypes  # late: the launcher starts its agent before it needs this
+
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"prctl({option}, {value}): {os.strerror(number)}")
 
@@ -100,11 +95,19 @@ def offer_to_oom_killer() -> None:
         pass
 
 
-def bootstrap(module: str, *arguments: int) -> str:
-    """Code for `python -c` that calls `module.main(*arguments)`, wherever the package is installed."""
+def bootstrap(module: str, *arguments: int, first: str | None = None) -> str:
+    """Code for `python -c` that calls `module.main(*arguments)`, wherever the package is installed.
+
+    `first` ("module:function") is called before `module` is imported; what it gives goes to `main`, too.
+    """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    given = ", ".join(map(str, arguments))
-    return f"import sys; sys.path[0] = {root!r}; from {module} import main; main({given})"
+    code = f"import sys; sys.path[0] = {root!r}; "
+    given = [str(argument) for argument in arguments]
+    if first is not None:
+        where, _, name = first.partition(":")
+        code += f"from {where} import {name}; first = {name}(); "
+        given.append("first")
+    return f"{code}from {module} import main; main({', '.join(given)})"
 
 
 def start(

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 
 from runtime.errors import RuntimeFault
 from runtime.job import IDENTITY_ENV
-from runtime.launcher import child, spawn
+from runtime.launcher import child, spawn, zygote
 from runtime.launcher.watch import Watch
-from runtime.launcher.zygote import WORKERS_AT_ONCE
 
 logger = logging.getLogger(__name__)
 
@@ -62,27 +61,12 @@ def _relevant(env: Mapping[str, str], prefixes: tuple[str, ...]) -> tuple[tuple[
 class _Zygote:
     """One fork server process and the socket to it. Requests are made one after the other."""
 
-    def __init__(self, env: Mapping[str, str], modules: Sequence[str] = ()) -> None:
+    def __init__(self, started: zygote.Started, env: Mapping[str, str]) -> None:
         self._start_env = _relevant(env, _READ_AT_START)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        self._socket = ours
+        self._socket = socket.socket(fileno=started.control_fd)
+        self._socket.setblocking(False)
         self._lock = asyncio.Lock()
-        code = spawn.bootstrap("runtime.launcher.zygote", theirs.fileno())
-        try:
-            pid = spawn.start(
-                [sys.executable, "-c", code],
-                env=env,
-                streams=spawn.Streams(
-                    stdout=2, stderr=2
-                ),  # what imports print is no worker's output
-                pass_fds=[theirs.fileno()],
-            )
-        finally:
-            theirs.close()
-        self.watch = Watch(pid, lambda watch, exit: None)
-        hello = {"agent_pid": os.getpid(), "modules": list(modules)}
-        ours.send(json.dumps(hello).encode())
+        self.watch = Watch(started.pid, lambda watch, exit: None)
 
     @property
     def alive(self) -> bool:
@@ -104,18 +88,22 @@ class _Zygote:
             raise _ZygoteLost(answer["reason"])
 
     async def fork(self, workers: Sequence[NewWorker], timeout: float) -> list[int]:
-        """Their pids: fewer than `workers` when no more processes could be had. Raises `_ZygoteLost`."""
+        """Their pids: fewer than `workers` when no more processes could be had. Raises `_ZygoteLost`;
+        none of them runs then."""
+        begin, let_begin = os.pipe()
         fds: list[int] = []
         orders: list[int] = []
         try:
             for worker in workers:
                 orders.append(child.pack_order(worker.order))
                 fds += [orders[-1], worker.stdout, worker.stderr]
-            answer = await self._ask({"op": "spawn"}, fds, timeout, "forking")
+            answer = await self._ask({"op": "spawn"}, [*fds, begin], timeout, "forking")
+            pids: list[int] = answer["pids"]
+            os.write(let_begin, bytes(len(pids)))
         finally:
-            for fd in orders:
+            for fd in (*orders, begin, let_begin):
                 os.close(fd)
-        return list(answer["pids"])
+        return pids
 
     async def _ask(
         self, request: dict[str, Any], fds: Sequence[int], timeout: float, doing: str
@@ -158,10 +146,9 @@ class Starter:
         self._locks: dict[_Recipe, asyncio.Lock] = {}
         self._unusable: set[_Recipe] = set()
 
-    def warm_up(self, modules: Sequence[str]) -> None:
-        """Start a zygote before it is known what else it is to import than `modules`, which must not
-        depend on the environment."""
-        self._spare = _Zygote(os.environ, modules)
+    def adopt(self, started: zygote.Started) -> None:
+        """Use a zygote that was started with this process's environment, if it fits a job's workers."""
+        self._spare = _Zygote(started, os.environ)
 
     @property
     def zygote_pids(self) -> list[int]:
@@ -185,18 +172,25 @@ class Starter:
         pids: list[int] = []
         try:
             try:
-                for first in range(0, len(workers), WORKERS_AT_ONCE):
-                    batch = workers[first : first + WORKERS_AT_ONCE]
-                    zygote = await self._zygote([worker.order for worker in batch])
-                    forked = await zygote.fork(batch, self._fork_timeout_s)
-                    pids += forked
-                    if len(forked) < len(batch):
-                        raise _ZygoteLost("it could not fork any more")
+                for first in range(0, len(workers), zygote.WORKERS_AT_ONCE):
+                    pids += await self._fork_batch(workers[first : first + zygote.WORKERS_AT_ONCE])
             except _ZygoteLost as error:
                 self._give_up(workers[0].order, error)
             return pids + [_exec(sys.executable, worker) for worker in workers[len(pids) :]]
         finally:
             close_streams(workers)
+
+    async def _fork_batch(self, workers: Sequence[NewWorker]) -> list[int]:
+        orders = [worker.order for worker in workers]
+        parent = await self._zygote(orders)
+        try:
+            pids = await parent.fork(workers, self._fork_timeout_s)
+        except _ZygoteLost:  # it was killed just now: another one does as well
+            parent = await self._zygote(orders)
+            pids = await parent.fork(workers, self._fork_timeout_s)
+        if len(pids) < len(workers):
+            pids += [_exec(sys.executable, worker) for worker in workers[len(pids) :]]
+        return pids
 
     async def exec(self, python: str, workers: Sequence[NewWorker]) -> list[int]:
         """Start workers as fresh interpreters. Raises `OSError` when `python` cannot be executed."""
@@ -209,26 +203,26 @@ class Starter:
         """End the zygotes. Idempotent."""
         spare, self._spare = self._spare, None
         zygotes, self._zygotes = list(self._zygotes.values()), {}
-        for zygote in (*zygotes, *([spare] if spare else [])):
-            zygote.close()
+        for one in (*zygotes, *([spare] if spare else [])):
+            one.close()
 
     async def _zygote(self, orders: Sequence[child.Order]) -> _Zygote:
         recipe = _Recipe(_relevant(orders[0].env, _READ_AT_IMPORT), orders[0].preload)
         if recipe in self._unusable:
             raise _ZygoteLost("")
         async with self._locks.setdefault(recipe, asyncio.Lock()):
-            zygote = self._zygotes.get(recipe)
-            if zygote is not None and zygote.alive:
-                return zygote
+            known = self._zygotes.get(recipe)
+            if known is not None and known.alive:
+                return known
             common = _common_env(orders)
-            zygote = self._take_spare(common) or _Zygote(common)
-            self._zygotes[recipe] = zygote
+            found = self._take_spare(common) or _Zygote(zygote.start(common), common)
+            self._zygotes[recipe] = found
             try:
-                await zygote.preload(orders[0]._replace(env=common), self._preload_timeout_s)
+                await found.preload(orders[0]._replace(env=common), self._preload_timeout_s)
             except _ZygoteLost:
                 self._unusable.add(recipe)
                 raise
-            return zygote
+            return found
 
     def _take_spare(self, env: Mapping[str, str]) -> _Zygote | None:
         spare = self._spare

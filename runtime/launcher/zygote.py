@@ -4,7 +4,8 @@ It runs one thread and no event loop. Its agent tells it over a unix socket pair
 again and again, to fork workers; descriptors (the worker's order, stdout, stderr) travel beside the
 message. Workers are forked by a process in between, which ends at once, so that they become children of
 the agent. All workers of one request are forked by the same one: a fork of a process that has torch in
-it costs some milliseconds.
+it costs some milliseconds. A worker begins only when the agent has its pid (a byte in a pipe says so): if
+the zygote is killed half way, none of a request's workers runs, and it can be made again.
 
 A fork copies one thread only. What must not be in the process when it is forked (a team of OpenMP
 threads, CUDA, a zmq context, a connection, any thread at all) is looked for after the imports; if it is
@@ -23,15 +24,49 @@ import stat
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from runtime.launcher import child, spawn
 
 _MESSAGE_BYTES = 64 * 1024
+WARM = ("runtime.worker", "runtime.node", "runtime.transport.sockets")
+"""What every worker of ours imports. It reads no variable of a role, so a zygote can begin with it."""
 FDS_PER_WORKER = 3
 WORKERS_AT_ONCE = 64
 """Of one request: the kernel passes at most 253 descriptors with a message."""
+
+
+class Started(NamedTuple):
+    """A zygote's process, and the descriptor of the agent's end of its socket."""
+
+    pid: int
+    control_fd: int
+
+
+def start(env: Mapping[str, str]) -> Started:
+    """Start a zygote as a child of this process, with `env`. Raises `OSError`."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        try:
+            pid = spawn.start(
+                [sys.executable, "-c", spawn.bootstrap(__name__, theirs.fileno())],
+                env=env,
+                streams=spawn.Streams(
+                    stdout=2, stderr=2
+                ),  # what imports print is no worker's output
+                pass_fds=[theirs.fileno()],
+            )
+        except OSError:
+            ours.close()
+            raise
+    ours.send(json.dumps({"agent_pid": os.getpid()}).encode())
+    return Started(pid, ours.detach())
+
+
+def start_first() -> Started:
+    """The zygote that an agent starts before its own imports, on the chance that it fits its job."""
+    return start(os.environ)
 
 
 def main(control_fd: int) -> None:
@@ -41,7 +76,7 @@ def main(control_fd: int) -> None:
     hello = json.loads(socket.recv_fds(control, _MESSAGE_BYTES, 0)[0])
     if not spawn.die_with_parent(hello["agent_pid"]):
         return
-    for name in hello["modules"]:
+    for name in WARM:
         child.import_quietly(name)
     order = _Zygote(control).serve()
     if order is not None:
@@ -58,7 +93,7 @@ class _Zygote:
     def serve(self) -> child.Order | None:
         while True:
             message, fds, _, _ = socket.recv_fds(
-                self._control, _MESSAGE_BYTES, FDS_PER_WORKER * WORKERS_AT_ONCE
+                self._control, _MESSAGE_BYTES, FDS_PER_WORKER * WORKERS_AT_ONCE + 1
             )
             if not message:
                 return None
@@ -94,7 +129,7 @@ class _Zygote:
     def _between(self, fds: Sequence[int], report: int) -> child.Order | None:
         """In the process between: fork the workers, tell their pids, end. In a worker: its order."""
         pids = []
-        for first in range(0, len(fds), FDS_PER_WORKER):
+        for first in range(0, len(fds) - 1, FDS_PER_WORKER):
             try:
                 pid = os.fork()
             except OSError:  # no process to be had: those not reported are started by other means
@@ -108,10 +143,14 @@ class _Zygote:
 
     def _worker(self, fds: Sequence[int], first: int) -> child.Order:
         order_fd, stdout, stderr = fds[first : first + FDS_PER_WORKER]
-        for fd in set(fds) - {order_fd, stdout, stderr}:
+        begin = fds[-1]
+        for fd in set(fds) - {order_fd, stdout, stderr, begin}:
             os.close(fd)
         self._control.close()
         child.settle_forked(self._agent_pid, (os.open(os.devnull, os.O_RDONLY), stdout, stderr))
+        if not os.read(begin, 1):
+            os._exit(1)
+        os.close(begin)
         return child.open_order(order_fd)._replace(preload=())
 
     def _reply(self, answer: dict[str, Any]) -> None:

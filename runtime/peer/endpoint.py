@@ -63,7 +63,8 @@ class EndpointStatistics(NamedTuple):
 class Endpoint(Service):
     """Calls other processes and answers theirs. `async with`, or `start` and `close`.
 
-    `directory` finds actors by name; without one, calls need a `PeerAddress`. `runner` runs plain
+    `directory` (given here or set before `start`) finds actors by name; without one, calls need a
+    `PeerAddress`. `runner` runs plain
     handlers (default: a thread of the endpoint's own); `prepare` is called first in each thread that
     the endpoint starts for them.
     """
@@ -161,8 +162,9 @@ class Endpoint(Service):
         `timeout` in seconds travels with the call as its deadline. Raises `MisuseError` here and now
         for arguments that cannot be sent; then nothing is sent.
         """
+        loop = self.mailbox.loop
         encoded = codec.encode_arguments(args, kwargs)
-        future = CallFuture(self._caller, self.mailbox.loop)
+        future = CallFuture(self._caller, loop)
         future.call = self._caller.call(target, method, encoded, future, timeout)
         return future
 
@@ -174,17 +176,19 @@ class Endpoint(Service):
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Call `method` one way: nobody hears whether it arrived or what came of it."""
-        self._caller.cast(target, method, codec.encode_arguments(args, kwargs))
+        self.caller.cast(target, method, codec.encode_arguments(args, kwargs))
 
     @property
     def caller(self) -> Caller:
         """What makes the calls; for those who wait in other ways than `call` does."""
+        if self._mailbox is None:
+            raise MisuseError(f"{self._name} has not been started")
         return self._caller
 
     def lose(self, peer: str, cause: str) -> None:
         """The process `peer` is dead, says membership: calls to it fail now, with `PeerLostError`;
         calls from it are cancelled."""
-        self._caller.lose(peer, cause)
+        self.caller.lose(peer, cause)
         for link in [link for link in self._inbound if link.peer == peer]:
             del self._inbound[link]
             self._handlers.lost(link)
@@ -301,7 +305,7 @@ class Endpoint(Service):
 
     def statistics(self) -> EndpointStatistics:
         """What went through here, and what is under way."""
-        caller, handlers = self._caller, self._handlers
+        caller, handlers = self.caller, self._handlers
         return EndpointStatistics(
             calls_out=caller.sent,
             calls_in=handlers.received,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
 from typing import Any, Generic, Protocol, TypeVar
 
-from runtime.errors import MisuseError, Timeout
+from runtime.errors import Closed, MisuseError, Timeout
 from runtime.peer.calls import Outgoing
 from runtime.peer.mailbox import Mailbox
 
@@ -99,7 +99,10 @@ class Future(Generic[T]):
         if self._cancelled:
             raise concurrent.futures.CancelledError(f"cancelled: {self._describe()}")
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                del self  # or the error, by its traceback, would hold on to itself
         value: T = self._value
         return value
 
@@ -138,7 +141,10 @@ class Future(Generic[T]):
         if self._cancelled:
             raise asyncio.CancelledError
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                del self  # or the error, by its traceback, would hold on to itself
         value: T = self._value
         return value
 
@@ -147,7 +153,7 @@ class Future(Generic[T]):
         return f"<Future {state}: {self._describe()}>"
 
     def __del__(self) -> None:
-        if self._unseen:
+        if self._unseen and not isinstance(self._error, Closed):
             logger.warning("nobody asked for the error of %s: %r", self._describe(), self._error)
 
     # -- settling -----------------------------------------------------------------------------

@@ -210,8 +210,8 @@ class Handlers:
         running = call.task = Running(call, self._loop, self._cycles.blocked)
         current_waiter.set(running)
         try:
-            args, kwargs = self._arguments(call)
-            work = self._enter(call.exported, args, kwargs)
+            args, kwargs = _arguments(self._owner, call)
+            work = _enter(self._owner, call.exported, args, kwargs)
             done, value = running.step(work)
         except BaseException as error:  # noqa: BLE001 - whatever user code raises is the caller's
             self._answer(call, None, error)
@@ -246,59 +246,36 @@ class Handlers:
         """On a handler thread: run one call, unless it was removed from the queue."""
         if not lane.start(call):
             return
-        value, error = None, None
+        value, error, done = None, None, self._plain_done
         try:
             if call.deadline is None or call.deadline > self._loop.time():
                 value = copy_context().run(self._execute, call)
+            else:
+                done = self._too_late  # the loop had no time to take it out of the queue
         except BaseException as raised:  # noqa: BLE001 - whatever user code raises is the caller's
             error = raised
         lane.finish(call)
         try:
-            self._mailbox.post(self._plain_done, call, value, error)
+            self._mailbox.post(done, call, value, error)
         except Closed:
-            logger.debug("%s ended after its process's node", self._label(call))
+            logger.debug("%s ended after its process's node", _label(self._owner, call))
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
             raise error  # answered; but the thread (the main one, perhaps) is to hear of it, too
 
     def _execute(self, call: Incoming) -> codec.Encoded:
         running = call.task = Running(call, self._loop, self._blocked_thread)
         current_waiter.set(running)
-        args, kwargs = self._arguments(call)
-        return self._encode(call, self._enter(call.exported, args, kwargs))
+        args, kwargs = _arguments(self._owner, call)
+        return _encode(self._owner, call, _enter(self._owner, call.exported, args, kwargs))
 
     def _plain_done(self, call: Incoming, value: Any, error: BaseException | None) -> None:
         call.task = None
         self._answer(call, value, error)
 
+    def _too_late(self, call: Incoming, value: Any, error: BaseException | None) -> None:
+        self.give_up(call)
+
     # -- both ---------------------------------------------------------------------------------
-
-    def _arguments(self, call: Incoming) -> tuple[list[Any], dict[str, Any]]:
-        body, buffers = call.parcel
-        call.parcel = None
-        try:
-            return codec.decode_arguments(body, buffers, pickle=call.exported.pickle)
-        except WireError as error:
-            wrong = f"{self._label(call)}(): its arguments cannot be read there: {error}"
-            raise _Refused(ArgumentError(wrong)) from error
-
-    def _enter(self, exported: Exported, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        try:
-            return exported.function(*args, **kwargs)
-        except TypeError as error:
-            # Arguments that do not fit are found by calling: binding them first would cost every
-            # call. When nothing of the function ran, the traceback ends here.
-            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
-                raise
-            wrong = misfit(self._owner.name, exported, args, kwargs)
-            if wrong is None:
-                raise
-            raise _Refused(wrong) from None
-
-    def _encode(self, call: Incoming, value: Any) -> codec.Encoded:
-        try:
-            return codec.encode(value, what="its result")
-        except MisuseError as error:
-            raise _Refused(MisuseError(f"{self._label(call)}(): {error}")) from error
 
     def _answer(self, call: Incoming, value: Any, error: BaseException | None) -> None:
         if call.state == OVER:
@@ -307,7 +284,9 @@ class Handlers:
         self._over(call)
         if error is None and id:
             try:
-                parcel = value if type(value) is codec.Encoded else self._encode(call, value)
+                parcel = (
+                    value if type(value) is codec.Encoded else _encode(self._owner, call, value)
+                )
             except _Refused as refused:
                 error = refused
             else:
@@ -323,7 +302,10 @@ class Handlers:
             call.link.send(messages.encode_error(call.id, *encoded))
         else:
             logger.warning(
-                "one-way call of %s to %s failed", call.link.peer, self._label(call), exc_info=fault
+                "one-way call of %s to %s failed",
+                call.link.peer,
+                _label(self._owner, call),
+                exc_info=fault,
             )
 
     def _refuse(self, link: Link, id: int, error: RuntimeFault) -> None:
@@ -348,9 +330,6 @@ class Handlers:
             call.lane.finish(call)
             self._advance(call.lane)
 
-    def _label(self, call: Incoming) -> str:
-        return f"{self._owner.name}.{call.exported.name}"
-
     def _blocked_thread(self, call: Incoming) -> None:
         """On a handler thread: the plain handler of `call` begins to wait."""
         self._mailbox.post(self._cycles.blocked, call)
@@ -359,6 +338,41 @@ class Handlers:
         if call.lane is not None and call.lane.claim(call):
             self._over(call)
             self._refuse(call.link, call.id, error)
+
+
+def _arguments(owner: Owner, call: Incoming) -> tuple[list[Any], dict[str, Any]]:
+    body, buffers = call.parcel
+    call.parcel = None
+    try:
+        return codec.decode_arguments(body, buffers, pickle=call.exported.pickle)
+    except WireError as error:
+        wrong = f"{_label(owner, call)}(): its arguments cannot be read there: {error}"
+        raise _Refused(ArgumentError(wrong)) from error
+
+
+def _enter(owner: Owner, exported: Exported, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    try:
+        return exported.function(*args, **kwargs)
+    except TypeError as error:
+        # Arguments that do not fit are found by calling: binding them first would cost every
+        # call. When nothing of the function ran, the traceback ends here.
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise
+        wrong = misfit(owner.name, exported, args, kwargs)
+        if wrong is None:
+            raise
+        raise _Refused(wrong) from None
+
+
+def _encode(owner: Owner, call: Incoming, value: Any) -> codec.Encoded:
+    try:
+        return codec.encode(value, what="its result")
+    except MisuseError as error:
+        raise _Refused(MisuseError(f"{_label(owner, call)}(): {error}")) from error
+
+
+def _label(owner: Owner, call: Incoming) -> str:
+    return f"{owner.name}.{call.exported.name}"
 
 
 class _Refused(RuntimeFault):

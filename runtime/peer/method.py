@@ -18,7 +18,10 @@ from runtime.errors import ArgumentError, MisuseError, NotExposedError
 F = TypeVar("F", bound=Callable[..., Any])
 
 RESERVED = "runtime."
-"""Prefix of the methods that every process has; they are not listed to users."""
+"""Prefix of the methods that every endpoint has."""
+
+_HIDDEN = (RESERVED, "control.")
+"""What is not listed to users: our own methods."""
 
 _MARK = "__rpc__"
 _LISTED = 40
@@ -242,7 +245,7 @@ class Exports:
 
     def names(self) -> list[str]:
         """What is exposed to users, sorted."""
-        return sorted(name for name in self._methods if not name.startswith(RESERVED))
+        return sorted(name for name in self._methods if not name.startswith(_HIDDEN))
 
     def _unknown(self, name: str) -> NotExposedError:
         names = self.names()

@@ -218,8 +218,9 @@ class Caller:
         except RuntimeFault as error:
             self._not_found(route, task, error)
         except Exception as error:
-            self._not_found(route, task, RuntimeFault(f"cannot look up {route.name!r}: {error}"))
-            raise
+            # A fault of the directory: its calls must end all the same, and no others.
+            logger.exception("looking up %s failed", route.name)
+            self._not_found(route, task, RuntimeFault(f"cannot look up {route.name!r}: {error!r}"))
         else:
             if route.task is not task:
                 return
@@ -342,7 +343,7 @@ class Caller:
             try:
                 async with asyncio.timeout(FATE_S):
                     cause = await self._directory.fate(peer)
-            except (TimeoutError, RuntimeFault) as error:
+            except Exception as error:  # noqa: BLE001 - whatever ails the directory, calls must end
                 logger.debug("the fate of %s is not known: %r", peer, error)
         self._doubtful.pop(peer, None)
         if cause is not None:

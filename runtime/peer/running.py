@@ -30,7 +30,16 @@ class CallContext(NamedTuple):
 class Running:
     """A handler that runs. What `current_task()` gives in its first step; the task's face after it."""
 
-    __slots__ = ("__weakref__", "_begun", "_blocked", "_loop", "_requests", "call", "task")
+    __slots__ = (
+        "__weakref__",
+        "_begun",
+        "_blocked",
+        "_ended",
+        "_loop",
+        "_requests",
+        "call",
+        "task",
+    )
 
     def __init__(
         self,
@@ -43,7 +52,7 @@ class Running:
         self._loop = loop
         self._blocked = blocked
         self._requests = 0
-        self._begun = False
+        self._begun = self._ended = False
 
     @property
     def context(self) -> CallContext:
@@ -82,7 +91,11 @@ class Running:
         self._begun = True
         for _ in range(self._requests):
             self._real.cancel()
-        return await _resume(work, suspended_on)
+        try:
+            return await _resume(work, suspended_on)
+        finally:
+            # The task's context holds on to us: a circle, if we held on to the task.
+            self._ended, self._begun, self.task = True, False, None
 
     @property
     def _real(self) -> asyncio.Task[Any]:
@@ -109,7 +122,7 @@ class Running:
         return self._real.cancelling() if self._begun else self._requests
 
     def done(self) -> bool:
-        return self.task is not None and self.task.done()
+        return self._ended
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         return self._loop

@@ -60,6 +60,8 @@ class SocketLink:
         self.dirty = False
         self.blocked = False
         self.connected = False
+        self.flushed = False
+        """ZeroMQ has all of it, and is to be given time to write it."""
         self.fd = -1
         self.timer: asyncio.TimerHandle | None = None
         self.outbox = Outbox(settings.batch_bytes, settings.limits)
@@ -131,7 +133,10 @@ class SocketLink:
         self.outbox.clear()
         self.trackers.clear()
         self.unsent = 0
+        self.stop_timer()
+        self.tell_room()
+
+    def stop_timer(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        self.tell_room()

@@ -107,7 +107,9 @@ class Router:
 
     def pump(self) -> None:
         """Receive and send until there is nothing to do, or this turn is over."""
-        self._cancel_again()
+        if self._again_handle is not None:
+            self._again_handle.cancel()
+            self._again_handle = None
         left, step = self.settings.turn_messages, 1
         self._pumping = True
         while left > 0:
@@ -125,11 +127,6 @@ class Router:
         if self._leaving:
             self._finish_leaving(drained=False)
         self._again_handle = self.loop.call_soon(self.pump)
-
-    def _cancel_again(self) -> None:
-        if self._again_handle is not None:
-            self._again_handle.cancel()
-            self._again_handle = None
 
     def _receive(self) -> bool:
         """Take one message; False when there is none."""
@@ -172,8 +169,10 @@ class Router:
         self.hub.count_rejected(link.peer if link else repr(route), error)
         self.say(route, frames.BYE, str(error))
         if link is None:
-            self.ignore(route, self.socket.descriptor())
+            self.links[route] = None
+            self.bind_fd(route, self.socket.descriptor())
         else:
+            link.flushed = True
             self.end(link, f"broke the protocol: {error}")
 
     def _said_bye(self, link: SocketLink, batch: frames.Batch) -> None:
@@ -181,22 +180,22 @@ class Router:
             raise WireError("unexpected message", f"kind {batch.kind} on a link that is up")
         self.end(link, _texts(batch, 1)[0][:1000] or "closed by the peer")
 
-    def ignore(self, route: bytes, fd: int) -> None:
-        self.links[route] = None
-        if fd >= 0:
-            self.by_fd[fd] = route
-
     # sending
 
     def flush_soon(self, link: SocketLink) -> None:
+        """The first record of a pass leaves at once (a lone call must not wait for the loop), those that
+        follow it leave together at the end of the pass."""
         self._dirty.append(link)
-        self.look_soon()
+        if self.look_soon():
+            self._flush_dirty()
 
-    def look_soon(self) -> None:
+    def look_soon(self) -> bool:
         """Flush at the end of this pass, and see what came: any call into the socket may have swallowed the
-        FD's news."""
-        if self._flush_handle is None and not self._pumping:
-            self._flush_handle = self.loop.call_soon(self._flush_and_look)
+        FD's news. True when nobody asked for that in this pass before."""
+        if self._flush_handle is not None or self._pumping:
+            return False
+        self._flush_handle = self.loop.call_soon(self._flush_and_look)
+        return True
 
     def _flush_and_look(self) -> None:
         self._flush_handle = None
@@ -230,7 +229,7 @@ class Router:
             counts["records_out"] += len(records)
             counts["bytes_out"] += size
         self._unblock(link)
-        if link.closing:
+        if link.closing and link.up:
             self.finish_closing(link)
 
     def _open(self, link: SocketLink) -> bool:
@@ -291,8 +290,7 @@ class Router:
 
     def close_link(self, link: SocketLink) -> None:
         """Flush and end; at the latest after the linger time."""
-        if link.timer is not None:
-            link.timer.cancel()
+        link.stop_timer()
         link.timer = self.loop.call_later(self.linger_s, self.drop, link)
         if link.up:
             self.flush(link)
@@ -301,6 +299,7 @@ class Router:
 
     def finish_closing(self, link: SocketLink) -> None:
         if self.say(link.route, frames.BYE, "closed by the peer"):
+            link.flushed = True
             self.drop(link)
         else:
             self._block(link)
@@ -359,13 +358,14 @@ class Router:
         else:
             self.links.pop(route, None)
 
-    def bind_fd(self, link: SocketLink, fd: int) -> None:
-        """From now on the end of connection `fd` is the end of this link."""
-        before = self.by_fd.get(fd)
-        if before is not None and before != link.route:
-            self.on_event(DISCONNECTED, fd, "")
-        link.fd = fd
-        self.by_fd[fd] = link.route
+    def bind_fd(self, route: bytes, fd: int) -> None:
+        """From now on the end of connection `fd` is the end of what is at `route`."""
+        if self.by_fd.get(fd, route) != route:
+            self.on_event(
+                DISCONNECTED, fd, ""
+            )  # a new connection has the number: the old one has ended
+        if fd >= 0:
+            self.by_fd[fd] = route
 
 
 class Listener(Router):
@@ -388,19 +388,25 @@ class Listener(Router):
         fd = self.socket.descriptor()
         self.read_monitor()
         if fd not in self._alive:
-            return  # gone again: the monitor has told so before
+            # Gone again, and the monitor has told so before. Nobody needs to hear of this link.
+            self.links[route] = gone = SocketLink(self, peer, route, None)
+            gone.closing = True
+            self._leave(gone, "connection lost")
+            return
         if wanted != self.hub.peer:
             raise WireError("wrong peer", f"{wanted} was wanted, this is {self.hub.peer}")
         if peer in self._peers:
             raise WireError("duplicate peer", f"{peer} has a link here")
         link = SocketLink(self, peer, route, None)
         self.links[route] = self._peers[peer] = link
-        self.bind_fd(link, fd)
+        link.fd = fd
+        self.bind_fd(route, fd)
         if not self.say(route, frames.WELCOME, self.hub.peer):
             self.drop(link)
 
     def forget(self, link: SocketLink) -> None:
-        self._peers.pop(link.peer, None)
+        if self._peers.get(link.peer) is link:
+            del self._peers[link.peer]
         if self.by_fd.get(link.fd) == link.route:
             self.links[link.route] = None  # still connected: ignored until it is not
         else:
@@ -469,17 +475,17 @@ class Dialler(Router):
 
     def _up(self, link: SocketLink, fd: int) -> None:
         link.up = True
-        self.bind_fd(link, fd)
-        if link.timer is not None and not link.closing:
-            link.timer.cancel()
-            link.timer = None
+        link.fd = fd
+        self.bind_fd(link.route, fd)
+        if not link.closing:
+            link.stop_timer()
         self.flush(link)
 
     def forget(self, link: SocketLink) -> None:
         self.links.pop(link.route, None)
         if self.by_fd.get(link.fd) == link.route:
             del self.by_fd[link.fd]
-        self.socket.disconnect(link.endpoint or "")
+        self.socket.disconnect(link.endpoint or "", self.linger_s if link.flushed else 0.0)
         self.look_soon()
 
     def on_event(self, kind: int, fd: int, endpoint: str) -> None:

@@ -152,8 +152,9 @@ class RouterSocket:
         except zmq.ZMQError as error:
             raise ConnectionError(str(error)) from None
 
-    def disconnect(self, endpoint: str) -> None:
-        """End all connections to `endpoint`, once what was sent there is written (or lingered away)."""
+    def disconnect(self, endpoint: str, linger_s: float) -> None:
+        """End all connections to `endpoint`; what was sent there has `linger_s` to be written."""
+        self._socket.setsockopt(zmq.LINGER, int(linger_s * 1000))
         with contextlib.suppress(zmq.ZMQError):  # there was none
             self._socket.disconnect(endpoint)
 
@@ -200,7 +201,7 @@ class SocketTransport:
         self._listener = Listener(hub, bound)
         self._dialler = Dialler(hub, RouterSocket(context, self._settings))
         try:
-            self._address = bound.bind(self._bound)
+            self._address = await asyncio.to_thread(bound.bind, self._bound)  # touches the disk
         except BaseException:
             self._closed = True
             await self._end(0.0, unlink=False)
@@ -242,11 +243,8 @@ class SocketTransport:
         self._listener = self._dialler = None
         context, self._context = self._context, None
         if context is not None:
-            # Waits until what was sent is written, at most the linger time of the sockets.
-            await asyncio.to_thread(context.term)
-        if unlink and self._bound.scheme == "ipc":
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._bound.target)
+            path = self._bound.target if unlink and self._bound.scheme == "ipc" else None
+            await asyncio.to_thread(_terminate, context, path)
 
     def _routers(self) -> list[Listener | Dialler]:
         return [router for router in (self._listener, self._dialler) if router is not None]
@@ -263,6 +261,14 @@ class SocketTransport:
             bytes_out=counts.get("bytes_out", 0),
             rejected=dict(self._hub.rejected) if self._hub else {},
         )
+
+
+def _terminate(context: zmq.Context[Any], path: str | None) -> None:
+    """Waits until what was sent is written, at most the linger time of the sockets."""
+    context.term()
+    if path is not None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _refuse_if_in_use(address: Address) -> None:

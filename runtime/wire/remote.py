@@ -34,6 +34,7 @@ _NEVER = (
     BaseExceptionGroup,
     concurrent.futures.CancelledError,
 )
+_REMOTE_FIELDS = ("type_name", "message", "remote_traceback", "peer", "role", "rank")
 _C_FIELDS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 
 
@@ -45,7 +46,7 @@ def encode_error(error: BaseException, *, own: bool = False, pickle: bool = True
     if own and isinstance(error, RuntimeFault) and _own_class(type(error).__name__) is type(error):
         return _encode_state([True, type(error).__name__, list(error.args)], vars(error), pickle)
     if isinstance(error, RemoteError):
-        name, message = error.type_name, error.message
+        name, message = vars(error)["type_name"], vars(error)["message"]
     else:
         name, message = _class_name(type(error)), _text(error)
     head = [False, _short(name), _short(message), _short(_traceback(error))]
@@ -89,10 +90,9 @@ def origin_class(error: BaseException) -> type[Exception] | None:
 
 
 def _attributes(error: BaseException) -> dict[str, Any]:
-    own = ("type_name", "message", "remote_traceback", "peer", "role", "rank")
     if not isinstance(error, RemoteError):
         return dict(vars(error))
-    return {name: value for name, value in vars(error).items() if name not in own}
+    return {name: value for name, value in vars(error).items() if name not in _REMOTE_FIELDS}
 
 
 def _c_fields(kind: type, error: BaseException) -> dict[str, Any]:
@@ -218,8 +218,7 @@ def _make(
         except (AttributeError, TypeError):
             continue  # read-only, or shadowed by a property of RemoteError
     vars(error).update(attributes)
-    names = ("type_name", "message", "remote_traceback", "peer", "role", "rank")
-    vars(error).update(zip(names, remote, strict=True))
+    vars(error).update(zip(_REMOTE_FIELDS, remote, strict=True))
     error.args = args
     return error
 
@@ -243,12 +242,5 @@ def _initialise(self: RemoteError, *args: Any, **kwargs: Any) -> None:
 
 def _reduce(self: RemoteError) -> tuple[Any, ...]:
     kind: type[Exception] = type(self)._origin  # type: ignore[attr-defined]
-    remote = (
-        self.type_name,
-        self.message,
-        self.remote_traceback,
-        self.peer,
-        self.role,
-        self.rank,
-    )
+    remote = tuple(vars(self)[name] for name in _REMOTE_FIELDS)  # past properties of `kind`
     return _make, (kind, remote, self.args, _attributes(self), _c_fields(kind, self))

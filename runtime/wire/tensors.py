@@ -13,6 +13,7 @@ where the buffer it came in is, shares its memory; a read-only buffer is copied 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,14 @@ from runtime.wire.frames import Buffer
 _RAW_KINDS = frozenset("biufcSUmM")
 _SCALAR_KINDS = frozenset("biufcmM")
 _MAX_DIMENSIONS = 64
+_DTYPE = re.compile(r"[<>|][biufcSUmMV][0-9]{0,9}(\[[0-9]{0,9}[A-Za-zμ]{1,2}\])?")
+"""How numpy writes dtypes that are not structured; it would read much else."""
+
+_MISFITS = (
+    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
+    SyntaxError,
+)  # fmt: skip
+"""What numpy and torch raise for descriptions that make no sense."""
 
 Description = list[Any]
 """Plain data: what `restore_*` needs beside the buffer."""
@@ -58,9 +67,9 @@ def restore(which: int, description: object, buffer: Buffer) -> Any:
         if which == ARRAY:
             return _restore_array(*description, buffer=buffer)
         return _restore_scalar(*description, buffer=buffer)
-    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError, SyntaxError) as error:
-        if isinstance(error, WireError):
-            raise
+    except WireError:
+        raise
+    except _MISFITS as error:
         raise WireError("malformed tensor", f"{type(error).__name__}: {error}"[:200]) from None
 
 
@@ -101,7 +110,7 @@ def reduce_tensor(tensor: Any, wrap: Callable[[Buffer], Any]) -> tuple[Any, ...]
 
 def _restore_tensor(dtype: str, shape: list[int], *, buffer: Buffer) -> Any:
     torch = importlib.import_module("torch")
-    kind = getattr(torch, dtype) if type(dtype) is str and dtype.isidentifier() else None
+    kind = vars(torch).get(dtype) if type(dtype) is str else None  # getattr would import modules
     if not isinstance(kind, torch.dtype):
         raise WireError("malformed tensor", f"no such dtype: {dtype!r}")
     size = _elements(shape) * kind.itemsize
@@ -161,15 +170,21 @@ def _lists(value: Any) -> Any:
 def _restore_dtype(descr: Any) -> Any:
     numpy = importlib.import_module("numpy")
     if type(descr) is str:
-        return numpy.dtype(descr)
+        return numpy.dtype(_dtype_text(descr))
     return numpy.lib.format.descr_to_dtype([_field(field) for field in descr])
+
+
+def _dtype_text(text: Any) -> str:
+    if type(text) is not str or not _DTYPE.fullmatch(text):
+        raise WireError("malformed tensor", f"no such dtype: {text!r:.60}")
+    return text
 
 
 def _field(field: Any) -> tuple[Any, ...]:
     """(name or (title, name), dtype[, shape]), as numpy wants it: tuples where msgpack has lists."""
     name, kind, *shape = field
     name = tuple(name) if type(name) is list else name
-    kind = [_field(part) for part in kind] if type(kind) is list else kind
+    kind = [_field(part) for part in kind] if type(kind) is list else _dtype_text(kind)
     return (name, kind, *(tuple(part) for part in shape))
 
 
@@ -198,7 +213,7 @@ def _describe_scalar(scalar: Any) -> tuple[int, Description, Buffer] | None:
 
 def _restore_scalar(descr: str, *, buffer: Buffer) -> Any:
     numpy = importlib.import_module("numpy")
-    dtype = numpy.dtype(descr)
+    dtype = numpy.dtype(_dtype_text(descr))
     if dtype.kind not in _SCALAR_KINDS or dtype.itemsize != len(buffer):
         raise WireError("malformed tensor", f"{len(buffer)} bytes for a {descr}")
     return numpy.frombuffer(bytes(buffer), dtype)[0]

@@ -233,6 +233,8 @@ def _try_pickle(value: Any) -> Exception | None:
 
 def _unpicklable(value: Any, error: Exception, what: str) -> MisuseError:
     """Says which part of `value` it was: goes down into whatever child fails by itself."""
+    if isinstance(error, RecursionError):
+        return MisuseError(f"{what} cannot be sent: nested too deeply")
     place = what
     for _ in range(32):
         for step, child in _children(value):

@@ -24,14 +24,14 @@ class Inbox:
     def __init__(self, answer: Callable[[Link, Record], None] | None = None) -> None:
         self.records: list[tuple[Link, Record]] = []
         self.lost: list[tuple[Link, str]] = []
-        self._answer = answer
+        self.answer = answer
         self._news = asyncio.Event()
 
     def received(self, link: Link, record: Record) -> None:
         self.records.append((link, record))
         self._news.set()
-        if self._answer is not None:
-            self._answer(link, record)
+        if self.answer is not None:
+            self.answer(link, record)
 
     def link_lost(self, link: Link, reason: str) -> None:
         self.lost.append((link, reason))

@@ -30,6 +30,10 @@ _MACHINES: dict[str, Callable[[], Machine]] = {
 }
 
 
+_SHOWN = ("name", "state", "incarnation", "peer", "cause")
+"""What is shown of a member's event; the rest would bury it."""
+
+
 class _Stage:
     """One machine, the time, and the words for what it does."""
 
@@ -102,6 +106,8 @@ def _one(effect: Effect) -> str:
             return f"fail {call.client} {call.id} {type(error).__name__}: {error}"
         case Send(to, message):
             return f"send {to} {json.dumps(message)}"
+        case Emit(event) if event["kind"] == "member":
+            return " ".join(["emit member", *(str(event[key]) for key in _SHOWN)]).rstrip()
         case Emit(event):
             return f"emit {json.dumps(event)}"
 

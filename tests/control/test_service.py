@@ -9,10 +9,14 @@ from random import Random
 
 import pytest
 
+from runtime.control.client import ControlClient
+from runtime.control.plane import standard_machines
 from runtime.control.service import LogClock
 from runtime.errors import BarrierBroken, Closed, MisuseError, PeerLostError, Timeout
+from runtime.machine import Call, Effect, Message, Reply, Send
+from runtime.peer.endpoint import Endpoint
 from runtime.transport.memory import NetworkSettings
-from tests.control.cluster import actors, job, running
+from tests.control.cluster import AGENT, actors, job, running
 
 pytestmark = pytest.mark.looptime
 
@@ -265,6 +269,78 @@ async def test_a_broken_link_does_not_lose_an_arrival() -> None:
         await asyncio.sleep(5)
         await two.client.ask("barrier", _arrive("x"))
         await waiting
+
+
+class _Teller:
+    """A machine that sends on what it is told to."""
+
+    def handle(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        return [Send(message["to"], {"op": "hello"}), *([Reply(call, {})] if call else [])]
+
+    def tick(self, now: float) -> list[Effect]:
+        return []
+
+    def deadline(self) -> float | None:
+        return None
+
+    def cancelled(self, call: Call, now: float) -> list[Effect]:
+        return []
+
+    def lost(self, peer: str, cause: str, now: float) -> list[Effect]:
+        return []
+
+    def why(self, call: Call) -> str | None:
+        return None
+
+    def dump(self) -> dict[str, object]:
+        return {}
+
+    def load(self, state: dict[str, object]) -> None: ...
+
+
+async def test_what_machines_send_reaches_agents_and_members(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    machines = lambda: {**standard_machines(), "teller": _Teller()}  # noqa: E731
+    async with job(actors(("a", 1)), machines=machines) as made, made.worker("a-0") as one:
+        told: list[object] = []
+        one.client.told = told.append
+        for to in (AGENT, "agent-0", one.peer, "b-0.0"):
+            await made.service.ask("teller", {"op": "tell", "to": to})
+        await asyncio.sleep(1)
+        assert made.sent == [{"op": "hello"}] * 2
+        assert told == [{"op": "hello"}]
+        assert "no member b-0.0 to send hello to" in caplog.text
+
+
+async def test_leaving_unheard_is_no_error_and_soon_over() -> None:
+    async with running(actors(("a", 1))) as (made, (one,)):
+        made.network.part([one.peer], [made.endpoint.peer])
+        begun = asyncio.get_running_loop().time()
+        await one.client.leave()
+        assert asyncio.get_running_loop().time() - begun < 5
+
+
+async def test_only_actors_can_join_or_leave() -> None:
+    async with job(actors(("a", 1))) as made:
+        endpoint = Endpoint(made.network.transport("cli.0"))
+        client = ControlClient(endpoint, made.endpoint.address, me=None, peer="cli.0")
+        async with endpoint, client:
+            with pytest.raises(MisuseError, match=r"cli.0 is no actor of the job and cannot join"):
+                await client.join("mem://cli")
+            assert [member.state for member in await client.members()] == ["expected"]
+
+
+async def test_a_resolve_that_is_given_up_leaves_the_others_waiting() -> None:
+    async with AsyncExitStack() as stack:
+        made = await stack.enter_async_context(job(actors(("a", 1), ("b", 1))))
+        one = await stack.enter_async_context(made.worker("a-0"))
+        found = asyncio.gather(one.client.resolve("b-0"))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await one.client.resolve("b-0")
+        two = await stack.enter_async_context(made.worker("b-0"))
+        assert (await found)[0].peer == two.peer
 
 
 def test_the_clock_of_the_log_leaves_out_what_the_process_slept() -> None:

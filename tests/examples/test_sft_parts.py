@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,20 @@ import torch
 from rich.console import Console
 
 from examples.sft import data, report, train
+from examples.sft.evaluate import printable
 from examples.sft.model import GPT, fingerprint, nats_per_byte, write
 from examples.sft.settings import FAST, Settings
 
 TINY = Settings(**{**FAST, "steps": 10, "warmup": 2})  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors this small are quicker with one, and on a busy machine much quicker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -117,6 +128,13 @@ def test_a_checkpoint_holds_all_that_the_next_step_depends_on(model: GPT) -> Non
 # What one sees
 
 
+def test_a_sample_cannot_play_with_the_terminal() -> None:
+    assert (
+        printable(b"def f():\n\treturn \x1b[2J\xff")
+        == "def f():\n\N{MIDDLE DOT}return \N{MIDDLE DOT}[2J\ufffd"
+    )
+
+
 def _line(**console: bool) -> str:
     out = io.StringIO()
     progress = report.Progress(first=0, steps=100, bytes_a_step=1000)
@@ -147,12 +165,6 @@ def test_the_curve_goes_on_from_its_file_up_to_the_step_resumed_from(tmp_path: P
     assert report.Curve(path, until_step=30).losses == {0: 5.5, 25: 3.5}
     assert path.read_text() == "step,nats_per_byte\n0,5.500000\n25,3.500000\n"
     assert report.Curve(path, until_step=-1).losses == {}
-
-
-def test_a_curve_whose_last_line_was_cut_off_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
-    path = tmp_path / "curve.csv"
-    path.write_text("step,nats_per_byte\n0,5.500000\n25,")
-    assert report.Curve(path, until_step=100).losses == {0: 5.5}
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:

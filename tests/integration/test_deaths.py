@@ -27,6 +27,56 @@ TWO = ("--nproc-per-node", "2", "--role", "trainer")
 START_METHODS = ("fork", "spawn")
 
 
+OBEDIENT = (
+    WRITE_PID
+    + """
+import signal, sys, time
+
+def leave(number, frame):
+    print("told to leave", rank, flush=True)
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, leave)
+print("ready", rank, flush=True)
+time.sleep(600)
+"""
+)
+STUBBORN = (
+    WRITE_PID
+    + """
+import signal, time
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print("ready", rank, flush=True)
+while True:
+    time.sleep(600)
+"""
+)
+HALF_STUBBORN = STUBBORN.replace("import signal, time\n", "import signal, sys, time\n").replace(
+    "print(", "if rank == 0:\n    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nprint(", 1
+)
+"""Rank 0 leaves when asked, rank 1 does not."""
+
+DAEMON = (
+    WRITE_PID
+    + """
+import time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        pathlib.Path("new").write_text(str(os.getpid()))
+        os.rename("new", "daemon")
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+while not pathlib.Path("daemon").exists():
+    time.sleep(0.01)
+"""
+)
+"""Leaves a process in a session of its own, and waits until it is there."""
+
+
 def run_simple(write: Write, launch: Launch, body: str, entry: str = "program:run") -> Job:
     """A job of one simple role `worker` whose module `program` holds `body`."""
     write("program.py", body)
@@ -292,6 +342,19 @@ def test_a_killed_launcher_takes_its_job_with_it(write: Write, launch: Launch, m
     job.assert_nothing_left(within=5)
 
 
+@pytest.mark.parametrize("who", ["launcher", "agent"])
+def test_workers_that_ignore_sigterm_and_their_daemons_die_with_launcher_and_agent(
+    write: Write, launch: Launch, who: str
+) -> None:
+    job = launch("--nproc-per-node", "1", write("train.py", DAEMON + STUBBORN))
+    job.wait_for_text("ready")
+    job.processes()
+    os.kill(job.pid if who == "launcher" else job.agent().pid, signal.SIGKILL)
+    assert job.popen.wait(15) == (-signal.SIGKILL if who == "launcher" else 69)
+    job.assert_nothing_left(within=5)
+    assert not processes.is_alive(int((job.cwd / "daemon").read_text()))
+
+
 def test_a_launcher_killed_while_it_starts_leaves_nothing(write: Write, launch: Launch) -> None:
     script = write("train.py", WRITE_PID + SLEEP_FOR_LONG)
     for delay in (0.05, 0.15, 0.3, 0.5):
@@ -312,38 +375,6 @@ def test_a_closed_terminal_ends_the_job_with_129(write: Write, launch: Launch) -
     job.hang_up()
     assert job.popen.wait(15) == 129
     job.assert_nothing_left()
-
-
-OBEDIENT = (
-    WRITE_PID
-    + """
-import signal, sys, time
-
-def leave(number, frame):
-    print("told to leave", rank, flush=True)
-    sys.exit(0)
-
-signal.signal(signal.SIGTERM, leave)
-print("ready", rank, flush=True)
-time.sleep(600)
-"""
-)
-STUBBORN = (
-    WRITE_PID
-    + """
-import signal, time
-
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-print("ready", rank, flush=True)
-while True:
-    time.sleep(600)
-"""
-)
-HALF_STUBBORN = STUBBORN.replace("import signal, time\n", "import signal, sys, time\n").replace(
-    "print(", "if rank == 0:\n    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nprint(", 1
-)
-"""Rank 0 leaves when asked, rank 1 does not."""
 
 
 def test_one_ctrl_c_lets_the_workers_leave_and_ends_with_130(write: Write, launch: Launch) -> None:
@@ -408,6 +439,25 @@ def test_ctrl_c_while_the_job_starts_ends_it_with_130(write: Write, launch: Laun
     job.assert_nothing_left()
 
 
+def test_ctrl_c_before_the_agent_has_looked_at_its_job_is_not_lost(
+    write: Write, launch: Launch
+) -> None:
+    """The agent is held up, so that job and request to stop reach it in one go."""
+    job = launch(*TWO, write("train.py", OBEDIENT))
+    job.wait_until(
+        lambda: any(p.parent == job.pid and "runtime.agent" in p.command for p in job.processes()),
+        "the agent was started",
+    )
+    agent = job.agent().pid
+    os.kill(agent, signal.SIGSTOP)
+    time.sleep(1.0)
+    job.signal(signal.SIGINT)
+    job.wait_for_text("Ctrl-C")
+    os.kill(agent, signal.SIGCONT)
+    assert job.wait(8) == 130
+    job.assert_nothing_left()
+
+
 # -- time running out ----------------------------------------------------------------------------
 
 
@@ -421,24 +471,6 @@ def test_a_job_that_takes_too_long_ends_with_124(write: Write, launch: Launch) -
 
 
 # -- workers with habits of their own ------------------------------------------------------------
-
-
-DAEMON = (
-    WRITE_PID
-    + """
-import time
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        pathlib.Path("new").write_text(str(os.getpid()))
-        os.rename("new", "daemon")
-        time.sleep(600)
-    os._exit(0)
-os.wait()
-while not pathlib.Path("daemon").exists():
-    time.sleep(0.01)
-"""
-)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,69 +45,83 @@ def one_fails():
     group()
 """
 
-_JOB = """
-[roles.trainer]
+_ROLE = """
+[roles.{name}]
 entry = "app:{entry}"
 kind = "elastic"
-total = 2
+total = {total}
 comm_auto_setup_process_group = {setup}
 comm_pre_check = {check}
 restart = {{ policy = "never", max = 0 }}
 """
 
 
+def _role(name: str, entry: str, *, total: int = 2, setup: bool = True, check: bool = True) -> str:
+    flags = {"setup": str(setup).lower(), "check": str(check).lower()}
+    return _ROLE.format(name=name, entry=entry, total=total, **flags)
+
+
+def _lines(job: Job, role: str) -> list[str]:
+    """What one role printed, without the prefixes."""
+    found = re.findall(rf"^\[{role} \d+[^\]]*\] (.*)$", job.out, re.MULTILINE)
+    return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    """One job of many elastic roles, each with a group of its own."""
+    cwd = tmp_path_factory.mktemp("elastic")
+    (cwd / "app.py").write_text(_APP)
+    roles = [
+        _role("checked", "run"),
+        _role("unchecked", "App", check=False),
+        _role("bare", "plain", setup=False),
+        _role("ending", "destroys", total=1),
+        _role("leaving", "leaves", total=1),
+    ]
+    (cwd / "job.toml").write_text("".join(roles))
+    job = Job(["--timeout", "100", "--job", "job.toml"], cwd=cwd)
+    try:
+        assert job.wait(110) == 0, job.describe()
+        job.assert_nothing_left()
+        yield job
+    finally:
+        job.close()
+
+
+def test_a_function_finds_a_gloo_group_of_its_role(several: Job) -> None:
+    assert _lines(several, "checked") == ["('gloo', True, 3.0)"] * 2
+
+
+def test_a_class_finds_the_group_at_construction_and_still_in_teardown(several: Job) -> None:
+    expected = ["('gloo', True, 3.0)"] * 2 + ["still there: True"] * 2
+    assert _lines(several, "unchecked") == expected
+
+
+def test_a_role_that_says_no_gets_the_environment_only(several: Job) -> None:
+    assert _lines(several, "bare") == ["none: False 2"] * 2
+
+
+def test_a_program_may_end_the_group_or_itself(several: Job) -> None:
+    assert _lines(several, "ending") == ["destroyed"]
+    assert _lines(several, "leaving") == ["('gloo', True, 1.0)"]
+
+
+def test_a_job_that_goes_well_says_nothing_on_stderr(several: Job) -> None:
+    assert several.err == ""
+
+
 @pytest.fixture
-def elastic(write: Write, launch: Launch) -> Callable[..., Job]:
-    def elastic(entry: str, setup: bool = True, check: bool = True) -> Job:
+def elastic(write: Write, launch: Launch) -> Callable[[str], Job]:
+    def elastic(entry: str) -> Job:
         write("app.py", _APP)
-        values = {"setup": str(setup).lower(), "check": str(check).lower()}
-        write("job.toml", _JOB.format(entry=entry, **values))
+        write("job.toml", _role("trainer", entry))
         return launch("--job", "job.toml")
 
     return elastic
 
 
-def _lines(job: Job) -> list[str]:
-    return [re.sub(r"^\[[^\]]*\] ", "", line) for line in job.out.splitlines()]
-
-
-@pytest.mark.parametrize("check", [True, False])
-def test_a_function_finds_a_gloo_group_of_its_role(
-    elastic: Callable[..., Job], check: bool
-) -> None:
-    job = elastic("run", check=check)
-    assert job.wait() == 0, job.describe()
-    assert _lines(job) == ["('gloo', True, 3.0)"] * 2
-    assert job.err == "", job.describe()
-    job.assert_nothing_left()
-
-
-def test_a_class_finds_the_group_at_construction_and_still_in_teardown(
-    elastic: Callable[..., Job],
-) -> None:
-    job = elastic("App")
-    assert job.wait() == 0, job.describe()
-    assert sorted(_lines(job)) == sorted(["('gloo', True, 3.0)", "still there: True"] * 2)
-
-
-@pytest.mark.parametrize("check", [True, False])
-def test_a_role_that_says_no_gets_the_environment_only(
-    elastic: Callable[..., Job], check: bool
-) -> None:
-    job = elastic("plain", setup=False, check=check)
-    assert job.wait() == 0, job.describe()
-    assert _lines(job) == ["none: False 2"] * 2
-
-
-@pytest.mark.parametrize("entry", ["destroys", "leaves"])
-def test_a_program_may_end_the_group_or_itself(elastic: Callable[..., Job], entry: str) -> None:
-    job = elastic(entry)
-    assert job.wait() == 0, job.describe()
-    assert len(_lines(job)) == 2
-    assert job.err == "", job.describe()
-
-
-def test_a_rank_that_fails_does_not_wait_for_the_group(elastic: Callable[..., Job]) -> None:
+def test_a_rank_that_fails_does_not_wait_for_the_group(elastic: Callable[[str], Job]) -> None:
     job = elastic("one_fails")
     assert job.wait() == 1
     assert "ValueError: rank 1 fails" in job.err
@@ -121,7 +135,7 @@ def test_a_script_gets_a_group_when_it_asks_for_one(write: Write, launch: Launch
     write("app.py", _APP)
     job = launch("--nproc-per-node", "2", "--init-process-group", "train.py")
     assert job.wait() == 0, job.describe()
-    assert _lines(job) == ["('gloo', True, 3.0)"] * 2
+    assert _lines(job, "default") == ["('gloo', True, 3.0)"] * 2
 
 
 def test_a_plain_script_finds_torchruns_environment_and_no_torch(
@@ -146,7 +160,7 @@ def test_a_plain_script_finds_torchruns_environment_and_no_torch(
         "--nproc-per-node", "2", "--max-restarts", "3", "--start-method", "spawn", "train.py"
     )
     assert job.wait() == 0, job.describe()
-    assert sorted(_lines(job)) == [
+    assert _lines(job, "default") == [
         f"[] ['{rank}', '{rank}', '2', '2', 'default', '{rank}', '2', '0', '3', '1'] False"
         for rank in (0, 1)
     ]
@@ -169,7 +183,7 @@ def test_a_group_that_cannot_form_names_the_rank_and_its_host(write: Write, laun
                 print("formed")
         """,
     )
-    write("job.toml", _JOB.format(entry="run", setup="false", check="false"))
+    write("job.toml", _role("trainer", "run", setup=False, check=False))
     job = launch("--job", "job.toml")
     assert job.wait() == 1
     assert re.search(r"trainer-[01] on \S+ could not form the process group", job.err), (

@@ -22,6 +22,9 @@ class Tree:
     def at(self, directory: str) -> Tree:
         return self
 
+    def has_directory(self) -> bool:
+        return True
+
     def beside(self, path: str) -> Tree:
         return self
 

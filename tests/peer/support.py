@@ -74,6 +74,34 @@ class InlineRunner:
         asyncio.get_running_loop().call_soon(work)
 
 
+class Handlers:
+    """Handlers that note what happens to them."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.gate = asyncio.Event()
+
+    async def hang(self, name: str = "hang") -> None:
+        self.events.append(f"start {name}")
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            self.events.append(f"cancelled {name}")
+            raise
+
+    async def wait(self, name: str) -> str:
+        self.events.append(f"start {name}")
+        await self.gate.wait()
+        return name
+
+    def plain(self, name: str) -> str:
+        self.events.append(f"start {name}")
+        return name
+
+
+SLOW_WIRE = NetworkSettings(delay_s=(0.01, 0.05))
+
+
 class World:
     """A job of actors "<role>-<rank>", each an endpoint of its own."""
 

@@ -239,6 +239,7 @@ async def test_giving_up_the_wait_is_not_giving_up_the_call(job: World) -> None:
 
     job._open[1].export("gated", gated)
     future = RoleGroup("w")[0].call("gated")
+    await settle()
     for _ in range(3):
         with pytest.raises(
             Timeout, match=r"no result within 0\.01 s: .*gated\(\) of w-0.*w-0 runs it"

@@ -167,7 +167,7 @@ def test_an_object_with_an_async_call_is_async() -> None:
 
 def test_an_unknown_method_lists_what_there_is_and_suggests_the_nearest() -> None:
     exports = Exports("eval-0")
-    for name in ("evaluate", "load", "runtime.ping"):
+    for name in ("evaluate", "load", "runtime.ping", "control.told"):
         exports.add(name, not_marked)
     with pytest.raises(NotExposedError) as caught:
         exports.find("evaluat")

@@ -8,7 +8,13 @@ from runtime.transport.address import parse
 
 @pytest.mark.parametrize(
     "text",
-    ["ipc:///tmp/x.sock", "tcp://10.0.0.1:29500", "tcp://[fe80::1]:80", "tcp://host-1:0", "mem://a"],
+    [
+        "ipc:///tmp/x.sock",
+        "tcp://10.0.0.1:29500",
+        "tcp://[fe80::1]:80",
+        "tcp://host-1:0",
+        "mem://a",
+    ],
 )
 def test_an_address_is_written_as_it_was_read(text: str) -> None:
     assert str(parse(text)) == text

@@ -109,7 +109,7 @@ async def test_a_killed_peer_flushes_nothing_and_is_noticed() -> None:
 async def test_loss_ends_the_link_and_never_leaves_a_gap() -> None:
     network = MemoryNetwork(11, NetworkSettings(loss=0.05))
     a, _, b, at_b = await _pair(network)
-    at_b._answer = None
+    at_b.answer = None
     losses = 0
     for n in range(300):
         link = a.connect("b.1", b.address)

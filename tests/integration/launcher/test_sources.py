@@ -118,11 +118,13 @@ def test_every_missing_entry_of_a_job_is_named(tmp_path: Path) -> None:
     (tmp_path / "mod.py").write_text("def run(cfg): ...\n")
     text = '[roles.a]\nentry = "mod:run"\n[roles.b]\nentry = "other.py"\n[roles.c]\nentry = "mod:gone"\n'
     text += '[roles.d]\nentry = "mod:gone"\npython = "/other/python"\n'
+    text += '[roles.e]\nentry = "mod:run"\nworkdir = "nowhere"\n'
     with pytest.raises(ConfigError) as raised:
         prepared(tmp_path, text)
     assert str(raised.value).split("\n") == [
         "role b: script other.py: no such file",
         "role c: entry mod:gone: mod has no 'gone'",
+        "role e: workdir nowhere: no such directory",
     ]
 
 

@@ -236,17 +236,16 @@ class Job:
         return alive
 
     def agent(self) -> Process:
-        """The agent: the process that `-m runtime.agent` (or its title) names."""
-        return self._named(re.compile(r"runtime[.:]\S*agent"), "agent")
+        """The agent: the launcher's child."""
+        return self._oldest_child(self.pid, "agent")
 
     def zygote(self) -> Process:
-        """The fork server: of the processes that look like it (its forks do) the oldest."""
-        return self._named(re.compile(r"zygote"), "zygote")
+        """The fork server: the agent's first child, older than all that it forks."""
+        return self._oldest_child(self.agent().pid, "fork server")
 
-    def _named(self, pattern: re.Pattern[str], what: str) -> Process:
-        self.processes()
+    def _oldest_child(self, parent: int, what: str) -> Process:
         for process in self.processes():
-            if process.pid != self.pid and pattern.search(process.command):
+            if process.parent == parent:
                 return process
         raise AssertionError(f"the job has no {what}{self.describe()}")
 

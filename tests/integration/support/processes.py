@@ -6,6 +6,7 @@ A process belongs to a job when its environment holds the job's marker; a proces
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -83,23 +84,27 @@ def orphaned_shared_memory(*, since: Collection[str]) -> set[str]:
 
     Other programs of the machine use shared memory, too; theirs is in use, a leak is not.
     """
-    new = shared_memory() - set(since)
-    return {name for name in new if not _in_use(str(_SHM / name))}
+    inodes = {}
+    for name in shared_memory() - set(since):
+        with contextlib.suppress(OSError):
+            inodes[name] = (_SHM / name).stat().st_ino
+    used = _inodes_in_use() if inodes else set()
+    return {name for name, inode in inodes.items() if inode not in used}
 
 
-def _in_use(path: str) -> bool:
-    needle = path.encode()
+def _inodes_in_use() -> set[int]:
+    """Files of /dev/shm that some process maps or holds open; by inode, since a semaphore is mapped under
+    the temporary name that it was made with."""
+    used = set()
     for pid in all_pids():
-        try:
-            if needle in Path(f"/proc/{pid}/maps").read_bytes():
-                return True
-            fds = os.listdir(f"/proc/{pid}/fd")
-        except OSError:
-            continue
-        for fd in fds:
-            try:
-                if os.readlink(f"/proc/{pid}/fd/{fd}") == path:
-                    return True
-            except OSError:
-                continue
-    return False
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                fields = line.split(maxsplit=5)
+                if len(fields) == 6 and fields[5].startswith(f"{_SHM}/"):
+                    used.add(int(fields[4]))
+        with contextlib.suppress(OSError):
+            for fd in os.scandir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(fd.path).startswith(f"{_SHM}/"):
+                        used.add(os.stat(fd.path).st_ino)
+    return used

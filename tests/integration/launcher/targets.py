@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 
@@ -29,7 +30,7 @@ def describe(path: str) -> int:
         "random": random.random(),
         "numpy": float(numpy.random.rand()),
         "modules": sorted(sys.modules),
-        "oom": int(open("/proc/self/oom_score_adj").read()),
+        "oom": int(Path("/proc/self/oom_score_adj").read_text()),
     }
     with open(path + ".new", "w") as file:
         json.dump(facts, file)

@@ -1,0 +1,245 @@
+"""From a planned actor to a running process: its place, its environment, its pipes, its pid.
+
+A start is announced before there is a process, so that others wait for it instead of calling it gone.
+It can be given up at any moment: what was made for it by then is closed, what runs is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import secrets
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from runtime import aio
+from runtime.cluster.ports import PortChooser
+from runtime.job import RoleSpec
+from runtime.launcher import child, spawn, zygote
+from runtime.launcher.output import Capture, Outputs, Source
+from runtime.launcher.plan import Plan, Start, WorkerSpec, planned_actors, worker_env
+from runtime.launcher.starter import NewWorker, Starter, close_streams
+
+Ask = Callable[[str, Mapping[str, Any]], Awaitable[Any]]
+"""Ask a machine of the control plane: its name and a message."""
+
+WORKER = "runtime.worker:main"
+PROGRAM = "runtime.launcher.child:exec_program"
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """What the supervisor of one host works with. Times are seconds.
+
+    `env` is what workers inherit; `job_dir` the private folder of the job's sockets.
+    """
+
+    plan: Plan
+    host: str
+    agent: str
+    agent_address: str
+    job_dir: str
+    workdir: str
+    env: Mapping[str, str]
+    addr: str = "127.0.0.1"
+    port_range: tuple[int, int] | None = None
+    shutdown_timeout_s: float = 10.0
+    timeout_s: float | None = None
+
+
+class Prepared(NamedTuple):
+    """A worker that is ready to be started. Its pipes are open."""
+
+    spec: WorkerSpec
+    capture: Capture
+    worker: NewWorker
+
+
+class Starting:
+    """Starts workers of this host. `service` owns the tasks that must not be cut short."""
+
+    def __init__(
+        self,
+        settings: HostSettings,
+        ask: Ask,
+        *,
+        starter: Starter,
+        outputs: Outputs,
+        service: aio.Service,
+    ) -> None:
+        self._settings, self._ask = settings, ask
+        self._starter, self._outputs, self._service = starter, outputs, service
+        self.actors = {info.name: info for info in planned_actors(settings.plan)}
+        self._launches = {launch.env["RUNTIME_ACTOR"]: launch for launch in settings.plan.launches}
+        self._ports = PortChooser(settings.port_range)
+
+    async def open_rendezvous(self) -> None:
+        """Say what each elastic role needs before it can start."""
+        plan = self._settings.plan
+        for role in plan.job.roles.values():
+            if role.kind == "elastic":
+                # One agent starts the workers of all hosts of the plan: they are all this machine.
+                opened = {"op": "open", "role": role.name, "min": 1, "max": 1}
+                await self._ask("rendezvous", opened)
+
+    async def place(self, role: RoleSpec, attempt: int) -> Mapping[str, Any]:
+        """Where this host's workers stand in the role: the outcome of a rendezvous round. Empty for
+        roles that have none."""
+        if role.kind != "elastic":
+            return {}
+        message = {
+            "op": "join",
+            "role": role.name,
+            "round": attempt,
+            "node": self._settings.agent,
+            "slots": role.total,
+            "addr": self._settings.addr,
+            "port": self._ports.choose(),
+        }
+        place: Mapping[str, Any] = await self._ask("rendezvous", message)
+        return place
+
+    def prepare(
+        self, role: RoleSpec, incarnations: Mapping[str, int], place: Mapping[str, Any]
+    ) -> list[Prepared]:
+        """Make pipes and orders, and begin to read the pipes. Give them to `processes` or `drop`."""
+        prepared: list[Prepared] = []
+        for name, incarnation in incarnations.items():
+            capture = self._capture(name, incarnation)
+            spec = self._spec(role, name, incarnation, place, capture)
+            _remove(spec.error_file)
+            stdout, stderr = capture.open()
+            prepared.append(Prepared(spec, capture, NewWorker(_order(spec), stdout, stderr)))
+            capture.run(self._outputs)
+        return prepared
+
+    @staticmethod
+    def drop(prepared: Sequence[Prepared]) -> None:
+        """These are not started after all."""
+        close_streams([item.worker for item in prepared])
+
+    async def announce(self, prepared: Sequence[Prepared]) -> None:
+        """Tell the membership that these incarnations are coming."""
+        for item in prepared:
+            await self._ask("membership", self._starting(item.spec))
+
+    async def processes(self, role: RoleSpec, prepared: Sequence[Prepared]) -> list[int]:
+        """Start them; their pids. May be cancelled: what runs by then is killed. Raises `OSError`."""
+        workers = [item.worker for item in prepared]
+        starter = self._starter
+        if role.start_method == "spawn" or role.python is not None:
+            work = starter.exec(role.python or sys.executable, workers)
+        else:
+            try:
+                await starter.prepare([worker.order for worker in workers])
+            except BaseException:
+                close_streams(workers)
+                raise
+            work = starter.fork(workers)
+        starting = self._service.spawn(_pids_or_error(work), f"processes of {role.name}")
+        try:
+            pids = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            started = await starting  # a matter of milliseconds: nothing is imported in it
+            for pid in started if isinstance(started, list) else []:
+                spawn.send_signal(pid, signal.SIGKILL)
+            raise
+        if isinstance(pids, OSError):
+            raise pids
+        return pids
+
+    def _capture(self, name: str, incarnation: int) -> Capture:
+        info = self.actors[name]
+        position = list(self._settings.plan.job.roles).index(info.role)
+        source = Source(info.role, info.rank, info.local_rank, info.host, incarnation, position)
+        return self._outputs.capture(source)
+
+    def _spec(
+        self,
+        role: RoleSpec,
+        name: str,
+        incarnation: int,
+        place: Mapping[str, Any],
+        capture: Capture,
+    ) -> WorkerSpec:
+        settings, info, launch = self._settings, self.actors[name], self._launches[name]
+        rank, world_size = info.rank, info.world_size
+        if place:
+            rank, world_size = place["first_rank"] + info.rank, place["world_size"]
+        info = replace(info, rank=rank, world_size=world_size, restart_count=incarnation)
+        folder = capture.folder or settings.job_dir
+        error_file = os.path.join(folder, "error.json" if capture.folder else f"{name}.json")
+        start = Start(
+            incarnation,
+            incarnation,
+            error_file,
+            place.get("master_addr"),
+            place.get("master_port"),
+            rank if place else None,
+            world_size if place else None,
+        )
+        token = secrets.token_hex(4)
+        number = launch.env["RUNTIME_GLOBAL_RANK"]
+        return WorkerSpec(
+            job_id=settings.plan.job_id,
+            job=settings.plan.job,
+            info=info,
+            entry=role.entry,
+            env=worker_env(launch, settings.env, start),
+            actors=tuple(self.actors.values()),
+            peer=f"{name}.{token}",
+            address=f"ipc://{settings.job_dir}/{number}.{token}",
+            agent_peer=settings.agent,
+            agent_address=settings.agent_address,
+            agent_pid=os.getpid(),
+            incarnation=incarnation,
+            workdir=role.workdir or settings.workdir,
+            error_file=error_file,
+            preload=(*zygote.WARM, *(role.preload or ())),
+            init_process_group=role.sets_up_process_group,
+            node_check=role.checks_node,
+            shutdown_timeout_s=settings.shutdown_timeout_s,
+        )
+
+    def _starting(self, spec: WorkerSpec) -> dict[str, Any]:
+        return {
+            "op": "starting",
+            "name": spec.info.name,
+            "incarnation": spec.incarnation,
+            "peer": spec.peer,
+            "host": self._settings.host,
+            "agent": self._settings.agent,
+        }
+
+
+def _order(spec: WorkerSpec) -> child.Order:
+    program = spec.entry.form == "program"
+    argument: Any = (spec.entry.target, *spec.entry.args) if program else spec
+    return child.Order(
+        PROGRAM if program else WORKER,
+        pickle.dumps(argument, protocol=5),
+        dict(spec.env),
+        spec.workdir,
+        spec.agent_pid,
+        spec.preload,
+        spec.info.name,
+    )
+
+
+async def _pids_or_error(work: Awaitable[list[int]]) -> list[int] | OSError:
+    """A program that cannot be executed is the role's failure, not that of the service it runs in."""
+    try:
+        return await work
+    except OSError as error:
+        return error
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass

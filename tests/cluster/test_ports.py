@@ -1,0 +1,49 @@
+"""Ports that are free, each given once, within the range that was asked for."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from runtime.cluster.ports import PortChooser
+from runtime.errors import ResourceInsufficientError
+
+
+def listener() -> socket.socket:
+    server = socket.socket()
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    return server
+
+
+def test_a_chosen_port_can_be_listened_on() -> None:
+    port = PortChooser().choose()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", port))
+
+
+def test_chosen_ports_lie_below_those_of_outgoing_connections() -> None:
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+        low = int(file.read().split()[0])
+    chooser = PortChooser()
+    assert all(15_000 <= chooser.choose() < low for _ in range(20))
+
+
+def test_no_port_is_given_twice() -> None:
+    chooser = PortChooser((23_000, 23_100))
+    assert len({chooser.choose() for _ in range(30)}) == 30
+
+
+def test_a_port_that_is_in_use_is_not_given() -> None:
+    with listener() as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ResourceInsufficientError, match=f"{port}:{port + 1}"):
+            PortChooser((port, port + 1)).choose()
+
+
+def test_ports_of_earlier_attempts_are_given_again_when_the_range_is_used_up() -> None:
+    with listener() as server:
+        port = server.getsockname()[1]
+    chooser = PortChooser((port, port + 1))
+    assert [chooser.choose(), chooser.choose()] == [port, port]

@@ -1,0 +1,356 @@
+"""Sockets between real processes: a peer that is killed, and peers that do not speak our protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import msgpack
+import pytest
+import zmq
+
+from runtime.transport.base import Record
+from runtime.transport.sockets import SocketSettings, SocketTransport
+from runtime.wire import frames
+from tests.contracts.transport_contract import Inbox, echo
+
+pytestmark = pytest.mark.integration
+
+CHILD = """
+import asyncio, sys
+from runtime.transport.sockets import SocketTransport
+class Echo:
+    def received(self, link, record): link.send(record)
+    def link_lost(self, link, reason): pass
+async def main(peer, address, other, other_address):
+    transport = SocketTransport(peer, address)
+    await transport.start(Echo())
+    if other:
+        from runtime.transport.base import Record
+        transport.connect(other, other_address).send(Record(b"from the child"))
+    print("ready", flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="rt-"))
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+async def peer(directory: Path) -> AsyncIterator[tuple[SocketTransport, Inbox]]:
+    transport, inbox = SocketTransport("a.1", f"ipc://{directory}/a"), Inbox()
+    await transport.start(inbox)
+    yield transport, inbox
+    await transport.close(0.2)
+
+
+class Child:
+    def __init__(self, name: str, address: str, other: str = "", other_address: str = "") -> None:
+        argv = [sys.executable, "-c", CHILD, name, address, other, other_address]
+        self.process = subprocess.Popen(argv, stdout=subprocess.PIPE)
+
+    async def ready(self) -> None:
+        assert self.process.stdout is not None
+        line = await asyncio.to_thread(self.process.stdout.readline)
+        assert line == b"ready\n"
+
+    def kill(self, how: int = signal.SIGKILL) -> None:
+        os.kill(self.process.pid, how)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+async def test_a_killed_peer_is_noticed_at_once_on_both_kinds_of_links(
+    peer: tuple[SocketTransport, Inbox], directory: Path
+) -> None:
+    transport, inbox = peer
+    address = f"ipc://{directory}/b"
+    child = Child("b.1", address, "a.1", transport.address)
+    try:
+        await child.ready()
+        outbound = transport.connect("b.1", address)
+        outbound.send(Record(b"from here"))
+        await inbox.until(lambda: {b"from here", b"from the child"} <= set(inbox.headers))
+        loop = asyncio.get_running_loop()
+        child.kill()
+        start = loop.time()
+        await inbox.until(lambda: len(inbox.lost) == 2)
+        assert loop.time() - start < 0.5
+        assert {link.outbound for link, _ in inbox.lost} == {True, False}
+        assert all("connection lost" in reason for _, reason in inbox.lost)
+        assert transport.statistics().links == 0
+    finally:
+        child.end()
+
+
+async def test_a_new_incarnation_takes_over_the_place_of_a_killed_peer(
+    peer: tuple[SocketTransport, Inbox], directory: Path
+) -> None:
+    transport, inbox = peer
+    address = f"ipc://{directory}/b"
+    for incarnation in (1, 2, 3):
+        child = Child(f"b.{incarnation}", address)
+        try:
+            link = transport.connect(f"b.{incarnation}", address)
+            link.send(Record(b"%d" % incarnation, [bytes(200_000)]))
+            await inbox.until_count(incarnation)
+            child.kill()
+            await inbox.until(lambda n=incarnation: len(inbox.lost) == n)
+        finally:
+            child.end()
+    assert inbox.headers == [b"1", b"2", b"3"]
+
+
+async def test_a_peer_killed_while_it_is_sent_much_frees_what_was_queued(
+    peer: tuple[SocketTransport, Inbox], directory: Path
+) -> None:
+    transport, inbox = peer
+    address = f"ipc://{directory}/b"
+    child = Child("b.1", address)
+    try:
+        await child.ready()
+        link = transport.connect("b.1", address)
+        link.send(Record(b"up"))
+        await inbox.until_count(1)
+        child.kill(signal.SIGSTOP)
+        for _ in range(200):
+            link.send(Record(b"x", [bytes(1024 * 1024)]))
+        assert link.queued_bytes() > 100 * 1024 * 1024
+        waiter = asyncio.get_running_loop().create_task(link.drain())
+        await asyncio.sleep(0.1)
+        assert not waiter.done()
+        child.kill()
+        await inbox.until(lambda: inbox.lost)
+        await waiter
+        assert link.queued_bytes() == 0
+    finally:
+        child.end()
+
+
+async def test_a_stopped_peer_is_not_a_dead_one(
+    peer: tuple[SocketTransport, Inbox], directory: Path
+) -> None:
+    transport, inbox = peer
+    address = f"ipc://{directory}/b"
+    child = Child("b.1", address)
+    try:
+        await child.ready()
+        link = transport.connect("b.1", address)
+        child.kill(signal.SIGSTOP)
+        link.send(Record(b"patience"))
+        await asyncio.sleep(0.5)
+        child.kill(signal.SIGCONT)
+        await inbox.until_count(1)
+        assert inbox.lost == []
+    finally:
+        child.end()
+
+
+def _hello(peer: str, wanted: str = "a.1") -> list[bytes]:
+    records = [Record(peer.encode()), Record(wanted.encode())]
+    return [bytes(part) for part in frames.encode_batch(records, frames.HELLO)]
+
+
+def _data(*headers: bytes) -> list[bytes]:
+    return [bytes(part) for part in frames.encode_batch([Record(h) for h in headers])]
+
+
+class Stranger:
+    """A raw zmq DEALER."""
+
+    def __init__(self, address: str, name: bytes = b"") -> None:
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 500)
+        if name:
+            self.socket.setsockopt(zmq.ROUTING_ID, name)
+        self.socket.connect(address)
+
+    async def answer(self) -> frames.Batch:
+        parts = await asyncio.to_thread(self._recv)
+        return frames.decode_batch(parts)
+
+    def _recv(self) -> list[bytes]:
+        assert self.socket.poll(5000), "no answer came"
+        return self.socket.recv_multipart()
+
+    def close(self) -> None:
+        self.socket.close()
+        self._context.term()
+
+
+@pytest.fixture
+def stranger(peer: tuple[SocketTransport, Inbox]) -> Iterator[Stranger]:
+    made = Stranger(peer[0].address)
+    yield made
+    made.close()
+
+
+HEAD = _data()[0][:8]
+GARBAGE = {
+    "magic": [[b"GET / HTTP/1.1\r\n"]],
+    "truncated": [[b""], [HEAD], [HEAD + b"\xdd\xff"]],
+    "version": [[HEAD[:3] + b"\x63" + HEAD[4:] + b"\x90"]],
+    "kind": [[HEAD[:4] + b"\x77" + HEAD[5:] + b"\x90"]],
+    "oversized header": [[bytes(2 * 1024 * 1024)], [HEAD + msgpack.packb([bytes(300_000)])]],
+    "buffer count": [[HEAD + msgpack.packb([b"x", 5]), b"one"], [*_data(b"x", b"y"), b"stray"]],
+    "malformed header": [[HEAD + b"\x91" * 3000], [HEAD + msgpack.packb({"a": 1})]],
+    "no hello": [_data(b"x")],
+    "wrong peer": [_hello("x.1", "somebody.else")],
+    "malformed handshake": [[_hello("x.1")[0][:8] + msgpack.packb([b"one"])]],
+}
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"), [(reason, m) for reason, some in GARBAGE.items() for m in some]
+)
+async def test_garbage_ends_that_connection_only_and_is_counted(
+    peer: tuple[SocketTransport, Inbox],
+    directory: Path,
+    stranger: Stranger,
+    caplog: pytest.LogCaptureFixture,
+    reason: str,
+    message: list[bytes],
+) -> None:
+    transport, inbox = peer
+    inbox.answer = echo
+    friend, at_friend = SocketTransport("f.1", f"ipc://{directory}/f"), Inbox()
+    await friend.start(at_friend)
+    link = friend.connect("a.1", transport.address)
+    link.send(Record(b"before"))
+    await at_friend.until_count(1)
+    stranger.socket.send_multipart(message)
+    answer = await stranger.answer()
+    assert answer.kind == frames.BYE
+    assert answer.records[0].header.decode().startswith(reason)
+    for _ in range(5):
+        stranger.socket.send_multipart(message)
+    link.send(Record(b"after"))
+    await at_friend.until_count(2)
+    assert transport.statistics().rejected == {reason: 1}
+    assert len([r for r in caplog.records if "dropped the connection" in r.message]) == 1
+    assert (inbox.headers, inbox.lost, at_friend.lost) == ([b"before", b"after"], [], [])
+    await friend.close()
+
+
+async def test_a_link_that_turns_bad_is_lost_and_what_follows_is_ignored(
+    peer: tuple[SocketTransport, Inbox], stranger: Stranger
+) -> None:
+    transport, inbox = peer
+    stranger.socket.send_multipart(_hello("x.1"))
+    assert (await stranger.answer()).kind == frames.WELCOME
+    stranger.socket.send_multipart(_data(b"good"))
+    await inbox.until_count(1)
+    stranger.socket.send_multipart([b"bad"])
+    stranger.socket.send_multipart(_data(b"ignored"))
+    await inbox.until(lambda: inbox.lost)
+    assert "broke the protocol: magic" in inbox.lost[0][1]
+    assert inbox.lost[0][0].peer == "x.1"
+    await asyncio.sleep(0.1)
+    assert inbox.headers == [b"good"]
+    again = Stranger(transport.address)
+    again.socket.send_multipart(_hello("x.1"))
+    assert (await again.answer()).kind == frames.WELCOME
+    again.close()
+
+
+async def test_a_second_peer_with_the_same_id_does_not_take_over(
+    peer: tuple[SocketTransport, Inbox], stranger: Stranger
+) -> None:
+    transport, inbox = peer
+    stranger.socket.send_multipart(_hello("x.1"))
+    assert (await stranger.answer()).kind == frames.WELCOME
+    impostor = Stranger(transport.address)
+    impostor.socket.send_multipart(_hello("x.1"))
+    answer = await impostor.answer()
+    assert answer.kind == frames.BYE
+    assert b"duplicate peer" in answer.records[0].header
+    impostor.close()
+    stranger.socket.send_multipart(_data(b"still me"))
+    await inbox.until_count(1)
+    assert inbox.lost == []
+
+
+async def test_a_dialled_peer_that_speaks_nonsense_is_a_lost_link(
+    peer: tuple[SocketTransport, Inbox], directory: Path
+) -> None:
+    transport, inbox = peer
+    context = zmq.Context()
+    fake = context.socket(zmq.ROUTER)
+    fake.bind(f"ipc://{directory}/fake")
+
+    def serve() -> None:
+        for answer in (b"nonsense", _data(b"too early")[0]):
+            kind, route = -1, b""
+            while kind != frames.HELLO:  # our good-byes come, too
+                route, *parts = fake.recv_multipart()
+                kind = frames.decode_batch(parts).kind
+            fake.send_multipart([route, answer])
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for reason in ("magic", "no welcome"):
+            before = len(inbox.lost)
+            transport.connect("fake.1", f"ipc://{directory}/fake").send(Record(b"secret"))
+            await inbox.until(lambda n=before: len(inbox.lost) > n)
+            assert reason in inbox.lost[-1][1]
+        assert transport.statistics().rejected == {"magic": 1, "no welcome": 1}
+    finally:
+        await asyncio.to_thread(thread.join)
+        fake.close(0)
+        context.term()
+
+
+async def test_a_listener_that_never_answers_is_a_lost_link(directory: Path) -> None:
+    context = zmq.Context()
+    silent = context.socket(zmq.ROUTER)
+    silent.bind(f"ipc://{directory}/silent")
+    settings = SocketSettings(connect_s=0.3)
+    transport, inbox = SocketTransport("a.1", f"ipc://{directory}/a", settings), Inbox()
+    await transport.start(inbox)
+    transport.connect("s.1", f"ipc://{directory}/silent").send(Record(b"x"))
+    await inbox.until(lambda: inbox.lost)
+    assert "no answer from" in inbox.lost[0][1]
+    await transport.close()
+    silent.close(0)
+    context.term()
+
+
+async def test_a_receiver_that_raises_does_not_stop_the_socket(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail_once(link: object, record: Record) -> None:
+        if record.header == b"bad":
+            raise ValueError("a bug")
+
+    a, b = (
+        SocketTransport("a.1", f"ipc://{directory}/a"),
+        SocketTransport("b.1", f"ipc://{directory}/b"),
+    )
+    inbox = Inbox(fail_once)
+    await a.start(Inbox())
+    await b.start(inbox)
+    for header in (b"good", b"bad", b"better"):
+        a.connect("b.1", b.address).send(Record(header))
+    await inbox.until_count(3)
+    assert "raised" in caplog.text
+    await a.close()
+    await b.close()

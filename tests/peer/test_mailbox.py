@@ -1,0 +1,104 @@
+"""The way from other threads to the loop, and the link from a process to itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from runtime.errors import Closed
+from runtime.peer.loopback import Loopback
+from runtime.peer.mailbox import Mailbox
+from runtime.transport.base import Link, Record
+
+
+async def test_messages_of_a_thread_come_in_order_with_one_wake_up_for_many() -> None:
+    mailbox, seen, done = Mailbox(asyncio.get_running_loop()), [], asyncio.Event()
+    wakes: list[int] = []
+    deliver = mailbox._deliver
+
+    def counted() -> None:
+        wakes.append(len(mailbox._queue))
+        deliver()
+
+    mailbox._deliver = counted  # type: ignore[method-assign]
+
+    def talk() -> None:
+        for number in range(100):
+            mailbox.post(seen.append, number)
+        mailbox.post(done.set)
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    thread.join()  # the loop is busy meanwhile
+    await done.wait()
+    assert seen == list(range(100))
+    assert wakes == [101]
+
+
+async def test_many_threads_lose_nothing() -> None:
+    mailbox, seen = Mailbox(asyncio.get_running_loop()), []
+
+    def talk(name: int) -> None:
+        for number in range(500):
+            mailbox.post(seen.append, (name, number))
+
+    await asyncio.gather(*(asyncio.to_thread(talk, name) for name in range(4)))
+    await asyncio.sleep(0)
+    for name in range(4):
+        assert [n for who, n in seen if who == name] == list(range(500))
+
+
+async def test_a_message_that_fails_keeps_no_other_back(caplog: pytest.LogCaptureFixture) -> None:
+    mailbox, seen = Mailbox(asyncio.get_running_loop()), []
+    mailbox.post(lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+    mailbox.post(seen.append, 1)
+    await asyncio.sleep(0.01)
+    assert seen == [1]
+    assert "failed on the peer loop" in caplog.text
+
+
+async def test_what_is_posted_while_delivering_waits_for_the_next_pass() -> None:
+    mailbox, seen = Mailbox(asyncio.get_running_loop()), []
+
+    def again() -> None:
+        seen.append("x")
+        if len(seen) < 5:
+            mailbox.post(again)
+
+    mailbox.post(again)
+    passes = 0
+    while len(seen) < 5:
+        await asyncio.sleep(0)
+        passes += 1
+    assert passes >= 5
+
+
+def test_the_mailbox_of_a_closed_loop_is_closed() -> None:
+    loop = asyncio.new_event_loop()
+    mailbox = Mailbox(loop)
+    assert mailbox.on_loop_thread()
+    loop.close()
+    with pytest.raises(Closed, match="peer loop"):
+        mailbox.post(print)
+
+
+async def test_records_to_oneself_go_round_by_the_loop_and_are_copied() -> None:
+    seen: list[tuple[Link, Record]] = []
+    loop = asyncio.get_running_loop()
+    out, into = Loopback.pair("a-0.1", loop, lambda link, record: seen.append((link, record)))
+    mine = bytearray(b"mine")
+    out.send(Record(b"1", [mine]))
+    out.send(Record(b"2"))
+    into.send(Record(b"3"))
+    assert seen == []
+    assert out.queued_bytes() == 4
+    mine[:] = b"next"
+    await out.drain()
+    assert seen == [(into, (b"1", [b"mine"])), (into, (b"2", [])), (out, (b"3", []))]
+    assert (out.outbound, into.outbound, out.peer) == (True, False, "a-0.1")
+    out.send(Record(b"4"))
+    out.close()
+    await asyncio.sleep(0)
+    assert len(seen) == 3

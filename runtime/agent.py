@@ -85,7 +85,7 @@ class _Agent:
         self._starter = Starter()
         self._channel: Channel | None = None
         self._supervisor: Supervisor | None = None
-        self._me = f"agent-0.{secrets.token_hex(4)}"
+        self._me = f"@agent-0.{secrets.token_hex(4)}"  # no role of a job can be called "@agent"
 
     async def run(self, first: zygote.Started) -> None:
         self._starter.adopt(first)
@@ -123,7 +123,7 @@ class _Agent:
         """The control plane and the supervisor, until the job has ended."""
         address = f"ipc://{assignment.job_dir}/agent"
         machines = {**standard_machines(), "supervision": Supervision()}
-        endpoint = Endpoint(SocketTransport(self._me, address), role="agent", rank=0)
+        endpoint = Endpoint(SocketTransport(self._me, address), role="@agent", rank=0)
         async with endpoint:
             service = ControlService(
                 endpoint,
@@ -147,9 +147,9 @@ class _Agent:
         loop = asyncio.get_running_loop()
         terminated = asyncio.Event()
         loop.add_signal_handler(signal.SIGTERM, terminated.set)
+        await supervisor.begin()  # before anything can ask it to stop: that would be lost
         supervisor.serve(self._listen(supervisor), "launcher")
         supervisor.serve(self._on_terminated(supervisor, terminated), "SIGTERM")
-        await supervisor.begin()
         return await supervisor.ended
 
     async def _listen(self, supervisor: Supervisor) -> None:

@@ -252,15 +252,10 @@ def role_problems(role: RoleSpec) -> list[str]:
         if not good:
             found.append(f"roles.{role.name}.{key} = {value}: {allowed}")
 
-    if (
-        not _ROLE_NAME.fullmatch(role.name)
-        or re.search(r"-\d+$", role.name)
-        or role.name == "agent"
-    ):
+    if not _ROLE_NAME.fullmatch(role.name) or re.search(r"-\d+$", role.name):
         found.append(
             f"role {role.name!r}: a role's name is letters, digits, '_', '.' and '-', begins with a "
-            "letter, has at most 64 characters, does not end in -<number> (instances do), "
-            "and is not 'agent' (the runtime's own)"
+            "letter, has at most 64 characters, and does not end in -<number> (instances do)"
         )
     if _counts_are_sane(role, check):
         _check_shape(role, check)

@@ -166,7 +166,7 @@ def test_a_wrong_role_is_refused_naming_field_value_and_what_is_allowed(
     assert problems(job(role(**fields))) == [message]
 
 
-@pytest.mark.parametrize("name", ["", "a b", "1st", "a/b", "trainer-3", "agent", "x" * 65])
+@pytest.mark.parametrize("name", ["", "a b", "1st", "a/b", "trainer-3", "@agent", "x" * 65])
 def test_a_role_name_that_would_be_mistaken_for_something_else_is_refused(name: str) -> None:
     assert "a role's name is letters" in problems(job(role(name)))[0]
 

@@ -116,7 +116,7 @@ class ControlClient(Service):
         name = self._control.peer.rpartition(".")[0] or self._control.peer
         return Member(
             id=name,
-            role=self._control.role or "agent",
+            role=self._control.role or "@agent",
             rank=max(0, self._control.rank),
             host=self._control.host,
             address=self._control.address,

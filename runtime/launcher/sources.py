@@ -96,7 +96,10 @@ def _find_spec(name: str, path: Sequence[str], *, top: bool) -> ModuleSpec | Non
         if find is None:
             continue
         own_path = path if finder is PathFinder or not top else None
-        spec: ModuleSpec | None = find(name, own_path, None)
+        # By its last part: for a dotted name without `__init__.py` the path finder looks its parent up
+        # among the imported modules, and nothing is imported here.
+        asked = name.rpartition(".")[2] if finder is PathFinder else name
+        spec: ModuleSpec | None = find(asked, own_path, None)
         if spec is not None:
             return spec
     return None

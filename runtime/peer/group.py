@@ -90,11 +90,19 @@ class RoleActor:
         )
         _on_loop(
             self._endpoint,
-            lambda: _start(
-                self._endpoint, self, name, encoded, self._options.timeout, calls, _One(future)
-            ),
+            lambda: self.start_call(name, encoded, calls, _One(future)),
         )
         return future
+
+    def start_call(
+        self, name: str, encoded: Encoded, calls: list[Outgoing], waiter: _One | _Member
+    ) -> None:
+        """On the loop: make the call, and note it in `calls`. For this module."""
+        try:
+            caller, timeout = self._endpoint.caller, self._options.timeout
+            calls.append(caller.call(self.name, name, encoded, waiter, timeout))
+        except RuntimeFault as error:
+            waiter.failed(None, error)
 
     def cast(self, method: Method, /, *args: Any, **kwargs: Any) -> None:
         """Call `method` one way: nobody hears whether it arrived or what came of it."""
@@ -247,9 +255,8 @@ class RoleGroup(Sequence[RoleActor]):
     def _start_all(self, gather: _All, name: str, encoded: Encoded, calls: list[Outgoing]) -> None:
         if not self._actors:
             gather.finish()
-        for index, actor in enumerate(self._actors):
-            waiter = _Member(gather, index)
-            _start(self._endpoint, actor, name, encoded, self._options.timeout, calls, waiter)
+        for index, actor in enumerate(self):
+            actor.start_call(name, encoded, calls, _Member(gather, index))
 
     def _abandon(self, calls: Iterable[Outgoing]) -> None:
         for call in calls:
@@ -338,22 +345,6 @@ class _Member:
 
     def failed(self, call: Outgoing | None, error: Exception) -> None:
         self._all.take(self._index, None, error)
-
-
-def _start(
-    endpoint: Endpoint,
-    actor: RoleActor,
-    method: str,
-    encoded: Encoded,
-    timeout: float | None,
-    calls: list[Outgoing],
-    waiter: _One | _Member,
-) -> None:
-    """On the loop: make the call, and note it in `calls`."""
-    try:
-        calls.append(endpoint.caller.call(actor.name, method, encoded, waiter, timeout))
-    except RuntimeFault as error:
-        waiter.failed(None, error)
 
 
 def _on_loop(endpoint: Endpoint, work: Callable[[], None]) -> None:

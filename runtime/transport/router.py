@@ -107,9 +107,9 @@ class Router:
 
     def pump(self) -> None:
         """Receive and send until there is nothing to do, or this turn is over."""
-        if self._again_handle is not None:
-            self._again_handle.cancel()
-            self._again_handle = None
+        again, self._again_handle = self._again_handle, None
+        if again is not None:
+            again.cancel()
         left, step = self.settings.turn_messages, 1
         self._pumping = True
         while left > 0:
@@ -124,8 +124,7 @@ class Router:
                 return
             step = left
         self._pumping = False
-        if self._leaving:
-            self._finish_leaving(drained=False)
+        self._finish_leaving(drained=False)
         self._again_handle = self.loop.call_soon(self.pump)
 
     def _receive(self) -> bool:
@@ -335,9 +334,8 @@ class Router:
                 self._again_handle = self.loop.call_soon(self.pump)
 
     def _finish_leaving(self, drained: bool) -> None:
-        now = self.loop.time()
         for link, (reason, deadline) in list(self._leaving.items()):
-            if drained or now >= deadline:
+            if drained or self.loop.time() >= deadline:
                 self.end(link, reason)
 
     # the monitor
@@ -360,10 +358,8 @@ class Router:
 
     def bind_fd(self, route: bytes, fd: int) -> None:
         """From now on the end of connection `fd` is the end of what is at `route`."""
-        if self.by_fd.get(fd, route) != route:
-            self.on_event(
-                DISCONNECTED, fd, ""
-            )  # a new connection has the number: the old one has ended
+        if self.by_fd.get(fd, route) != route:  # taken by a new connection: the old one has ended
+            self.on_event(DISCONNECTED, fd, "")
         if fd >= 0:
             self.by_fd[fd] = route
 

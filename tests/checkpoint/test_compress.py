@@ -1,3 +1,5 @@
+"""Compression of checkpoints: round trips, what is missing, what was cut off."""
+
 from __future__ import annotations
 
 import gzip

@@ -1,3 +1,5 @@
+"""The thread that works in order and is gone when there is nothing to do."""
+
 from __future__ import annotations
 
 import threading

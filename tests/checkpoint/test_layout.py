@@ -1,3 +1,5 @@
+"""Names of checkpoint files and their digests."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""The public manager: what it promises, and what it says when it cannot keep it."""
+
 from __future__ import annotations
 
 import array

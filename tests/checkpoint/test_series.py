@@ -1,3 +1,5 @@
+"""One series of checkpoints: order of commits, ranks, expiry."""
+
 from __future__ import annotations
 
 import errno

@@ -1,3 +1,5 @@
+"""Files that are whole or not there, whatever step their writer dies at."""
+
 from __future__ import annotations
 
 import errno

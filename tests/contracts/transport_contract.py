@@ -115,7 +115,9 @@ class TransportContract:
         assert inbox.records[0][0] is link
         assert b.statistics().links == 1
 
-    async def test_records_of_one_loop_pass_leave_as_one_message(self, peers: Peers) -> None:
+    async def test_of_the_records_of_one_loop_pass_the_first_leaves_at_once_and_the_others_together(
+        self, peers: Peers
+    ) -> None:
         a, inbox = await peers.start("a.1")
         b, _ = await peers.start("b.1", echo)
         link = a.connect("b.1", b.address)
@@ -127,7 +129,7 @@ class TransportContract:
         await inbox.until_count(101)
         after = a.statistics()
         assert after.records_out - before.records_out == 100
-        assert after.messages_out - before.messages_out == 1
+        assert after.messages_out - before.messages_out <= 2
 
     async def test_many_talk_to_one_and_each_keeps_its_own_order(self, peers: Peers) -> None:
         b, inbox = await peers.start("b.1", echo)

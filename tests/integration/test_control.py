@@ -155,7 +155,7 @@ def test_keys_members_and_the_master_are_the_same_for_all_roles(
     assert _lines(job) == [
         "{'from': 'left'} 5",
         "conflict",
-        "['left-0', 'right-0'] agent-0",
+        "['left-0', 'right-0'] @agent-0",
     ], job.describe()
 
 

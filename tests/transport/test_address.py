@@ -1,3 +1,5 @@
+"""Addresses of peers as text."""
+
 from __future__ import annotations
 
 import pytest

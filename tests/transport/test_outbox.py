@@ -1,3 +1,5 @@
+"""What waits to leave a link, and how it is cut into messages."""
+
 from __future__ import annotations
 
 from runtime.transport.outbox import Outbox

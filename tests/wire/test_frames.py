@@ -1,3 +1,5 @@
+"""Batches of records as frames, and what is refused."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""Headers of the protocol: round trips and garbage."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""Tensors and arrays as raw buffers, bit by bit."""
+
 from __future__ import annotations
 
 import subprocess

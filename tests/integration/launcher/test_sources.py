@@ -39,6 +39,13 @@ def test_namespace_packages_and_modules_without_source_are_found(tmp_path: Path)
     assert space is not None
     assert (space.source, space.package, space.local) == (None, True, True)
     assert sources.module("space.inner") is not None
+    (tmp_path / "space" / "deeper").mkdir()
+    (tmp_path / "space" / "deeper" / "mod.py").write_text("y = 1\n")
+    deeper, mod = sources.module("space.deeper"), sources.module("space.deeper.mod")
+    assert deeper is not None
+    assert (deeper.source, deeper.package) == (None, True)
+    assert mod is not None
+    assert mod.source == "y = 1\n"
     assert builtin is not None
     assert builtin.source is None
     assert not builtin.local

@@ -41,6 +41,10 @@ async def ended(watch: Watch) -> Exit:
     return watch.exit
 
 
+def reaped(pid: int) -> bool:
+    return os.waitpid(pid, os.WNOHANG) == (pid, 0)
+
+
 def is_zombie(pid: int) -> bool:
     info = spawn.look_at(pid)
     return info is not None and info.state == "Z"
@@ -127,4 +131,4 @@ async def test_ended_orphans_are_reaped_and_watched_children_are_not() -> None:
     await until(lambda: is_zombie(pid) and is_zombie(watch.pid))
     spawn.reap_orphans(known=[watch.pid])
     assert spawn.look_at(pid) is None
-    assert os.waitpid(watch.pid, os.WNOHANG) == (watch.pid, 0)
+    assert reaped(watch.pid)

@@ -23,8 +23,8 @@ from dataclasses import replace
 from typing import Any
 
 from runtime.cluster.restart import Supervision
-from runtime.cluster.starting import HostSettings
 from runtime.cluster.supervisor import Supervisor
+from runtime.config import LogSpec
 from runtime.control.plane import Plane, standard_machines
 from runtime.control.service import ControlService
 from runtime.errors import RuntimeFault
@@ -33,6 +33,8 @@ from runtime.launcher.assignment import Assignment, make_job_dir, remove_job_dir
 from runtime.launcher.channel import Channel, Kind
 from runtime.launcher.output import Outputs, Stream, make_job_folder
 from runtime.launcher.starter import Starter
+from runtime.observe.logs import configure_logging
+from runtime.peer.context import PeerAddress
 from runtime.peer.endpoint import Endpoint
 from runtime.transport.sockets import SocketTransport
 
@@ -61,23 +63,6 @@ def main(first: zygote.Started) -> None:
     os._exit(0)
 
 
-class _FrameLog(logging.Handler):
-    """Log records as events for the launcher, which prints them between the lines of workers."""
-
-    def __init__(self, channel: Channel) -> None:
-        super().__init__()
-        self._channel = channel
-
-    def emit(self, record: logging.LogRecord) -> None:
-        event = {
-            "event": "log",
-            "level": record.levelno,
-            "name": record.name,
-            "text": self.format(record),
-        }
-        self._channel.send_message(Kind.EVENT, event)
-
-
 class _Agent:
     """One job's agent, from its assignment to the end."""
 
@@ -91,7 +76,7 @@ class _Agent:
         self._starter.adopt(first)
         channel = self._channel = await Channel.open(os.dup(0), os.dup(1))
         _free_standard_streams()
-        logging.getLogger("runtime").addHandler(_FrameLog(channel))
+        configure_logging(LogSpec(), self._log)
         try:
             frame = await channel.receive()
             if frame is not None and frame.kind is Kind.JOB:
@@ -103,6 +88,7 @@ class _Agent:
 
     async def _job(self, assignment: Assignment) -> dict[str, Any]:
         """Run the job; gives the last event."""
+        configure_logging(assignment.settings.log, self._log)
         try:
             folder = make_job_folder(assignment.log_dir, assignment.plan.job_id)
             make_job_dir(assignment.job_dir)
@@ -122,7 +108,9 @@ class _Agent:
     async def _control(self, assignment: Assignment, outputs: Outputs) -> dict[str, Any]:
         """The control plane and the supervisor, until the job has ended."""
         address = f"ipc://{assignment.job_dir}/agent"
-        machines = {**standard_machines(), "supervision": Supervision()}
+        beat = assignment.settings.coordinator
+        machines = standard_machines(heartbeat_timeout=beat.heartbeat_timeout_ms / 1000)
+        machines["supervision"] = Supervision()
         endpoint = Endpoint(SocketTransport(self._me, address), role="@agent", rank=0)
         async with endpoint:
             service = ControlService(
@@ -131,10 +119,12 @@ class _Agent:
                 me=self._me,
                 on_send=self._directed,
                 on_emit=self._emitted,
+                heartbeat_interval=beat.heartbeat_interval_ms / 1000,
             )
             async with service:
                 supervisor = self._supervisor = Supervisor(
-                    self._host_settings(assignment, address),
+                    assignment,
+                    PeerAddress(self._me, address),
                     service.ask,
                     starter=self._starter,
                     outputs=outputs,
@@ -176,20 +166,6 @@ class _Agent:
         await asyncio.sleep(_LAUNCHER_LOST_GRACE_S)
         await supervisor.kill(reason, _LOST)
 
-    def _host_settings(self, assignment: Assignment, address: str) -> HostSettings:
-        return HostSettings(
-            plan=assignment.plan,
-            host=assignment.host,
-            agent=self._me,
-            agent_address=address,
-            job_dir=assignment.job_dir,
-            workdir=assignment.workdir,
-            env=assignment.env,
-            port_range=assignment.port_range,
-            shutdown_timeout_s=assignment.shutdown_timeout_s,
-            timeout_s=assignment.timeout_s,
-        )
-
     # -- what the parts say -------------------------------------------------------------------
 
     def _directed(self, message: Mapping[str, Any]) -> None:
@@ -199,6 +175,9 @@ class _Agent:
     def _emitted(self, event: Mapping[str, Any]) -> None:
         if event.get("kind") == "restarting":
             self._notify({"event": "restarting", **event})
+
+    def _log(self, line: str) -> None:
+        self._notify({"event": "log", "text": line})
 
     def _notify(self, event: dict[str, Any]) -> None:
         assert self._channel is not None

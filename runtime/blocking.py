@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_NAME = "runtime-peer"
 _SWITCH_INTERVAL_S = 0.0005
 _STARTED_S = 60.0
 _POOL_THREADS = 16
@@ -82,10 +83,9 @@ class BlockingNode:
         self,
         make: Callable[[], Node],
         *,
-        name: str = "runtime-peer",
         on_failure: Callable[[], None] | None = None,
     ) -> None:
-        self._make, self._name, self._on_failure = make, name, on_failure
+        self._make, self._on_failure = make, on_failure
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -124,7 +124,7 @@ class BlockingNode:
             # something to do: with the default of 5 ms each call would take that long.
             sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
             os.register_at_fork(after_in_child=self._forget)
-            self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
+            self._thread = threading.Thread(target=self._main, name=_NAME, daemon=True)
             self._thread.start()
 
     def start(self, timeout: float = _STARTED_S) -> None:
@@ -204,7 +204,7 @@ class BlockingNode:
         asyncio.set_event_loop(loop)
         loop.set_default_executor(_DaemonThreads())
         try:
-            life = loop.create_task(self._live(loop), name=self._name)
+            life = loop.create_task(self._live(loop), name=_NAME)
             while not life.done():
                 try:
                     loop.run_until_complete(life)

@@ -58,6 +58,11 @@ class Config:
         name = os.fspath(path)
         return load_config(_read(name), name, os.environ)
 
+    def louder(self, steps: int) -> Config:
+        """The same with the general log level `steps` lower (of `-v`), or higher if negative (of `-q`)."""
+        level = min(50, max(10, self.log.level - 10 * steps))
+        return replace(self, log=replace(self.log, level=level))
+
 
 def read_config(path: str | None = None, env: Mapping[str, str] | None = None) -> Config:
     """The settings of this process: of the file `path`, else that of `RUNTIME_CONFIG`, else of

@@ -7,17 +7,23 @@ that can be wrong with a launch is found before the agent hears of it. torch is 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+
+if __name__ == "__main__":
+    # Before any other import: nobody wants to see the traceback of one after Ctrl-C.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from runtime.launcher import local, spawn
-
 if TYPE_CHECKING:
+    from runtime.config import Config
     from runtime.launcher.assignment import Assignment
     from runtime.launcher.options import LaunchOptions
     from runtime.launcher.output import OutputSettings
-    from runtime.launcher.plan import Facts, Plan
+    from runtime.launcher.plan import Plan
+    from runtime.launcher.spawn import LocalAgent
 
 USAGE = 2
 _DEFAULT_LOG_DIR = "~/.runtime/logs"
@@ -37,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start(argv: Sequence[str]) -> int:
-    agent = None if _NO_AGENT_FOR & set(argv) else local.start_agent()
+    from runtime.launcher import spawn
+
+    agent = None if _NO_AGENT_FOR & set(argv) else spawn.start_agent()
     spawn.become_subreaper()
     from runtime.errors import ConfigError  # after the agent has been started
 
@@ -49,25 +57,30 @@ def _start(argv: Sequence[str]) -> int:
         return USAGE
 
 
-def _launch(argv: Sequence[str], agent: local.LocalAgent | None) -> int:
+def _launch(argv: Sequence[str], agent: LocalAgent | None) -> int:
+    from runtime.config import read_config
+    from runtime.launcher.around import look_around
     from runtime.launcher.options import help_text, parse_options
     from runtime.launcher.plan import to_json, to_text
     from runtime.launcher.prepare import prepare
     from runtime.launcher.sources import FoundSources
+    from runtime.launcher.spawn import start_agent
 
     options = parse_options(argv, os.environ)
     if options.help:
         sys.stdout.write(help_text())
         return 0
-    facts = _look_around(options)
+    config = read_config(options.config_file).louder(options.verbosity)
+    facts = look_around(options)
     plan = prepare(options, facts, FoundSources(facts.cwd))
     if options.dry_run:
         sys.stdout.write(to_json(plan) + "\n" if options.json else to_text(plan))
         return 0
-    return _run(_assignment(options, plan), agent or local.start_agent(), options.verbosity < 0)
+    assignment = _assignment(options, plan, config)
+    return _run(assignment, agent or start_agent(), options.verbosity < 0)
 
 
-def _run(assignment: Assignment, agent: local.LocalAgent, quiet: bool) -> int:
+def _run(assignment: Assignment, agent: LocalAgent, quiet: bool) -> int:
     import asyncio
 
     from runtime.launcher.report import exit_code
@@ -79,52 +92,7 @@ def _run(assignment: Assignment, agent: local.LocalAgent, quiet: bool) -> int:
     return asyncio.run(session())
 
 
-def _look_around(options: LaunchOptions) -> Facts:
-    """What this machine and its environment are."""
-    import socket
-    from datetime import datetime
-
-    from runtime.launcher.plan import Facts
-    from runtime.launcher.prepare import needed_files
-
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Facts(
-        job_id=f"{stamp}-{os.urandom(2).hex()}",
-        cwd=os.getcwd(),
-        python=sys.executable,
-        own_names=("localhost", socket.gethostname()),
-        cpu_count=len(os.sched_getaffinity(0)),
-        gpu_count=_gpu_count(),
-        env=dict(os.environ),
-        files={path: _read(path) for path in needed_files(options)},
-    )
-
-
-def _gpu_count() -> int:
-    """As many as CUDA would show, without asking CUDA."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    try:
-        found = len(os.listdir("/proc/driver/nvidia/gpus"))
-    except OSError:
-        found = 0
-    if visible is None:
-        return found
-    return min(found, len([word for word in visible.split(",") if word.strip() not in ("", "-1")]))
-
-
-def _read(path: str) -> str:
-    from runtime.errors import ConfigError
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read {path}: not UTF-8 text ({error.reason})") from error
-
-
-def _assignment(options: LaunchOptions, plan: Plan) -> Assignment:
+def _assignment(options: LaunchOptions, plan: Plan, settings: Config) -> Assignment:
     import pickle
     from dataclasses import replace
 
@@ -134,13 +102,17 @@ def _assignment(options: LaunchOptions, plan: Plan) -> Assignment:
     config: Any = pickle.dumps(plan.job.config, protocol=5)
     job = replace(plan.job, config=config)
     log_dir = os.path.abspath(os.path.expanduser(options.log_dir or _DEFAULT_LOG_DIR))
+    env = dict(os.environ)
+    if settings.source:  # theirs, too, whatever directory they start in
+        env["RUNTIME_CONFIG"] = os.path.abspath(settings.source)
     return Assignment(
         plan=replace(plan, job=job),
         host=plan.hosts[0].name,
         job_dir=choose_job_dir(os.urandom(4).hex(), os.environ),
         log_dir=log_dir,
         workdir=os.getcwd(),
-        env=dict(os.environ),
+        env=env,
+        settings=settings,
         output=_output_settings(options, plan),
         shutdown_timeout_s=options.shutdown_timeout,
         timeout_s=options.timeout,
@@ -151,15 +123,9 @@ def _assignment(options: LaunchOptions, plan: Plan) -> Assignment:
 def _output_settings(options: LaunchOptions, plan: Plan) -> OutputSettings:
     from runtime.launcher.output import OutputSettings, shown_streams
 
-    ranks = {launch.local_rank for launch in plan.launches}
     console = {
-        rank: shown_streams(
-            rank,
-            redirects=options.redirects,
-            tee=options.tee,
-            only=options.local_ranks_filter,
-        )
-        for rank in ranks
+        rank: shown_streams(rank, options.redirects, options.tee, options.local_ranks_filter)
+        for rank in {launch.local_rank for launch in plan.launches}
     }
     return OutputSettings(
         console=console,

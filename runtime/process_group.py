@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +113,7 @@ def _check_matmul(spec: WorkerSpec, device: str) -> None:
         swap = torch.eye(n, device=device).flip(0)
         found.append(bool(torch.equal(swap @ values, values.flip(0))))
 
-    thread = threading.Thread(target=multiply, name="runtime-node-check", daemon=True)
-    thread.start()
-    thread.join(limit)
+    _ends_within(limit, "runtime-node-check", multiply)
     if found != [True]:
         what = "gave a wrong result" if found else f"failed or took longer than {limit:g} s"
         raise RuntimeFault(f"node check: a matmul on {device} {what} in {_where(spec)}")
@@ -157,8 +155,13 @@ def _destroy(limit: float) -> None:
         except RuntimeError as error:
             logger.warning("destroying the process group failed: %s", error)
 
-    thread = threading.Thread(target=destroy, name="runtime-destroy-group", daemon=True)
+    if not _ends_within(limit, "runtime-destroy-group", destroy):
+        logger.warning("destroying the process group took longer than %g s; going on", limit)
+
+
+def _ends_within(limit: float, name: str, work: Callable[[], None]) -> bool:
+    """Call `work` on a thread that nobody waits for longer than `limit` seconds."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
     thread.start()
     thread.join(limit)
-    if thread.is_alive():
-        logger.warning("destroying the process group took longer than %g s; going on", limit)
+    return not thread.is_alive()

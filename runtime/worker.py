@@ -20,6 +20,7 @@ import threading
 import time
 from _thread import start_new_thread
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -312,7 +313,8 @@ class _Run:
         self._spec, self._worker, self._stop = spec, worker, stop
         self._pid = os.getpid()
         self._reported: BaseException | None = None
-        self._handlers = _HandlerRunner(lambda: process_group.use_device(spec))
+        self._use_device = partial(process_group.use_device, spec)
+        self._handlers = _HandlerRunner(self._use_device)
         self._peer: BlockingNode | None = None
         self._to_declare: set[str] = set()
         self._user_loop = _UserLoop()
@@ -376,14 +378,10 @@ class _Run:
             from runtime.blocking import BlockingNode
             from runtime.node import Node
 
-            def device() -> None:
-                process_group.use_device(spec)
-
-            spec, runner = self._spec, self._handlers
-            self._peer = BlockingNode(
-                lambda: Node.from_spec(spec, runner=runner, prepare=device),
-                on_failure=runner.stop,
+            make = partial(
+                Node.from_spec, self._spec, runner=self._handlers, prepare=self._use_device
             )
+            self._peer = BlockingNode(make, on_failure=self._handlers.stop)
         self._peer.begin()
         return self._peer
 

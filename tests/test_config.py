@@ -120,3 +120,9 @@ def test_any_text_is_read_or_refused(text: str, log: str) -> None:
     except ConfigError:
         return
     assert found.checkpoint.keep_last_n >= 1
+
+
+@pytest.mark.parametrize(("log", "steps", "level"), [("", 1, 20), ("", 5, 10), ("info", -1, 30), ("", -9, 50)])  # fmt: skip
+def test_verbosity_moves_the_general_level_within_bounds(log: str, steps: int, level: int) -> None:
+    config = load_config("", "", {"RUNTIME_LOG": f"{log},wire=error"}).louder(steps)
+    assert config.log == LogSpec(level, (("runtime.wire", 40),))

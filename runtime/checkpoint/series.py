@@ -89,7 +89,7 @@ class Series:
         """Read every file of `step`, of all ranks: True when each is what was written, False when
         one was put there by hand, so that there is nothing to compare it with."""
         with self._telling("verify", Piece(step, self._rank)):
-            found = [piece for piece in self._pieces() if piece.step == step]
+            found = self._pieces_of(step)
             if not found:
                 raise self._missing(step)
             for piece in found:
@@ -99,11 +99,11 @@ class Series:
     def delete(self, step: int) -> None:
         """Remove `step`: rank 0 for all ranks, another rank its own file."""
         with self._telling("delete", Piece(step, self._rank)):
-            if not any(piece.step == step for piece in self._pieces()):
+            if not self._pieces_of(step):
                 raise self._missing(step)
             with self._folder.locked():
-                for piece in self._pieces():
-                    if piece.step == step and self._rank in (0, piece.rank):
+                for piece in self._pieces_of(step):
+                    if self._rank in (0, piece.rank):
                         self._remove(piece)
                 self._folder.sync()
 
@@ -112,12 +112,15 @@ class Series:
     def _pieces(self) -> list[Piece]:
         return [piece for name in self._folder.names() if (piece := parse(name)) is not None]
 
+    def _pieces_of(self, step: int) -> list[Piece]:
+        return [piece for piece in self._pieces() if piece.step == step]
+
     def _is_seen(self, piece: Piece) -> bool:
         return piece.rank in (0, self._rank)
 
     def _newest_piece(self, step: int) -> Piece:
         """Where a step was saved with several compressions, the last one counts."""
-        found = [piece for piece in self._pieces() if piece.step == step and self._is_seen(piece)]
+        found = [piece for piece in self._pieces_of(step) if self._is_seen(piece)]
         if not found:
             raise self._missing(step)
         return max(found, key=lambda piece: (piece.rank, self._committed_at(piece)))
@@ -194,8 +197,8 @@ class Series:
     def _collapse_into(self, piece: Piece, digest: str) -> None:
         """Remove what `piece` stands for now: the same rank and step in another compression, and, for
         rank 0, files of other ranks with the same bytes."""
-        for other in self._pieces():
-            if other.step != piece.step or other == piece or not (known := self._digests(other)):
+        for other in self._pieces_of(piece.step):
+            if other == piece or not (known := self._digests(other)):
                 continue
             if other.rank == piece.rank or (piece.rank == 0 and known == (digest,)):
                 self._remove(other)
@@ -218,8 +221,8 @@ class Series:
         )
 
     def _remove_own(self, step: int) -> None:
-        for piece in self._pieces():
-            if piece.step == step and piece.rank == self._rank:
+        for piece in self._pieces_of(step):
+            if piece.rank == self._rank:
                 self._remove(piece)
 
     def _remove(self, piece: Piece) -> None:

@@ -19,7 +19,7 @@ Three attempts of a role that fail with the same error at the same reported step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from runtime.errors import MisuseError
 from runtime.machine import Call, Effect, Emit, Message, Reply, Send
 
 _SIGTERM = 15
+_HOST_LOST = 69
 _SAME_FAILURES = 3
 _FAILURES_KEPT = 256
 
@@ -71,8 +72,8 @@ class Supervision:
     """The machine "supervision".
 
     Operations: begin{roles, stop_timeout_s, restart_timeout_s, timeout_s?}, exited{name, incarnation,
-    pid, code, signal, cause, at, seen, error, step} -> {final}, stop{reason, code, seen}, kill{seen},
-    status{}. A role is {name, policy, max, driver, actors: [{name, rank, agent, host}]}.
+    pid, code, signal, cause, at, seen, error, step} -> {final}, stop{reason, code, seen}, kill{seen}.
+    A role is {name, policy, max, driver, actors: [{name, rank, agent, host}]}.
     Directives: start{role, attempt, actors: {name: incarnation}}, stop{names, grace_s, why},
     kill{names}, end{code, reason, first, others}.
     """
@@ -93,7 +94,6 @@ class Supervision:
             "exited": self._exited,
             "stop": self._stop,
             "kill": self._kill,
-            "status": self._status,
         }
 
     # -- the machine --------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class Supervision:
         self._deadline = None
         if self._stage not in ("running", "finishing"):
             return []
-        return self._stop_all(f"the job did not end within {self._timeout_s:g} s", TIMED_OUT, None)
+        return self._stop_all(f"the job did not end within {self._timeout_s:g} s", TIMED_OUT)
 
     def deadline(self) -> float | None:
         return self._deadline
@@ -122,7 +122,7 @@ class Supervision:
         for role in self._roles.values():
             for actor in role.actors:
                 if actor.agent == peer and actor.alive:
-                    effects += self._ended(role, actor, _lost_report(actor, cause))
+                    effects += self._ended(role, actor, {"code": _HOST_LOST, "cause": cause})
         return effects
 
     def why(self, call: Call) -> str | None:
@@ -188,20 +188,8 @@ class Supervision:
     def _kill(self, message: Message, call: Call | None, now: float) -> list[Effect]:
         effects: list[Effect] = []
         if self._stage in ("running", "finishing"):
-            effects += self._stop_all(text(message, "reason"), whole(message, "code"), None)
-        return effects + self._to_agents(
-            self._alive(), lambda names: _directive("kill", names=names)
-        )
-
-    def _status(self, message: Message, call: Call | None, now: float) -> list[Effect]:
-        roles = {
-            role.name: {
-                "attempt": role.attempt,
-                "actors": {actor.name: actor.state for actor in role.actors},
-            }
-            for role in self._roles.values()
-        }
-        return _answer(call, {"stage": self._stage, "roles": roles, "reason": self._reason})
+            effects += self._stop_all(text(message, "reason"), whole(message, "code"))
+        return effects + _to_names(self._alive(), "kill")
 
     # -- what an end means --------------------------------------------------------------------
 
@@ -259,14 +247,14 @@ class Supervision:
             others = [other for other in role.actors if other.alive]
             stop = self._stop_actors(others, self._restart_timeout_s, f"{actor.name} failed")
             return stop + self._maybe_restart(role)
-        return self._give_up("")
+        return self._stop_all("")
 
     def _failed_alone(self, role: _Role, actor: _Actor) -> list[Effect]:
         failure = self._failures[-1]
         if actor.restarts >= role.max:
-            return self._give_up("")
+            return self._stop_all("")
         if reason := _repeated(role, failure, actor.name):
-            return self._give_up(reason)
+            return self._stop_all(reason)
         actor.restarts += 1
         failure.recovered, role.stop_seen = True, None
         return [_restarting(role, [actor], failure, actor.restarts), *self._start(role, [actor])]
@@ -279,17 +267,13 @@ class Supervision:
         first = first_of(mine)
         assert first is not None
         if reason := _repeated(role, first, ""):
-            return self._give_up(reason)
+            return self._stop_all(reason)
         for failure in mine:
             failure.recovered = True
         role.attempt += 1
         role.stop_seen = None
         told = _restarting(role, role.actors, first, role.attempt)
         return [told, *self._start(role, role.actors)]
-
-    def _give_up(self, reason: str) -> list[Effect]:
-        """The job fails. With what code is decided when everybody has ended."""
-        return self._stop_all(reason, None, None)
 
     def _maybe_finish(self) -> list[Effect]:
         drivers = [a for role in self._roles.values() if role.driver for a in role.actors]
@@ -301,7 +285,10 @@ class Supervision:
 
     # -- stopping -----------------------------------------------------------------------------
 
-    def _stop_all(self, reason: str, code: int | None, seen: float | None) -> list[Effect]:
+    def _stop_all(
+        self, reason: str, code: int | None = None, seen: float | None = None
+    ) -> list[Effect]:
+        """Without `code` the job fails: with what code is decided when everybody has ended."""
         if self._stage not in ("running", "finishing"):
             return []
         self._stage, self._reason, self._code = "stopping", reason, code
@@ -316,9 +303,7 @@ class Supervision:
         asked = [actor for actor in actors if actor.state == "running"]
         for actor in asked:
             actor.state = "stopping"
-        return self._to_agents(
-            asked, lambda names: _directive("stop", names=names, grace_s=grace_s, why=why)
-        )
+        return _to_names(asked, "stop", grace_s=grace_s, why=why)
 
     def _maybe_end(self) -> list[Effect]:
         if self._alive():
@@ -346,16 +331,11 @@ class Supervision:
         for actor in actors:
             actor.state = "running"
             actor.incarnation += 1
-        incarnations = {actor.name: actor.incarnation for actor in actors}
-        return self._to_agents(
-            actors,
-            lambda names: _directive(
-                "start",
-                role=role.name,
-                attempt=role.attempt,
-                actors={name: incarnations[name] for name in names},
-            ),
-        )
+        what = {"role": role.name, "attempt": role.attempt}
+        return [
+            Send(agent, _directive("start", **what, actors={a.name: a.incarnation for a in mine}))
+            for agent, mine in _by_agent(actors).items()
+        ]
 
     def _alive(self) -> list[_Actor]:
         return [a for role in self._roles.values() for a in role.actors if a.alive]
@@ -366,15 +346,6 @@ class Supervision:
                 if actor.name == name:
                     return role, actor
         raise MisuseError(f"supervision knows no actor {name!r}")
-
-    @staticmethod
-    def _to_agents(
-        actors: Iterable[_Actor], directive: Callable[[list[str]], dict[str, Any]]
-    ) -> list[Effect]:
-        by_agent: dict[str, list[str]] = {}
-        for actor in actors:
-            by_agent.setdefault(actor.agent, []).append(actor.name)
-        return [Send(agent, directive(names)) for agent, names in by_agent.items()]
 
 
 def _repeated(role: _Role, failure: Failure, key: str) -> str:
@@ -408,13 +379,24 @@ def _directive(op: str, **values: Any) -> dict[str, Any]:
     return {"kind": "directive", "op": op, **values}
 
 
+def _by_agent(actors: Iterable[_Actor]) -> dict[str, list[_Actor]]:
+    agents: dict[str, list[_Actor]] = {}
+    for actor in actors:
+        agents.setdefault(actor.agent, []).append(actor)
+    return agents
+
+
+def _to_names(actors: Iterable[_Actor], op: str, **values: Any) -> list[Effect]:
+    """A directive to each agent with the names of its actors."""
+    return [
+        Send(agent, _directive(op, names=[actor.name for actor in mine], **values))
+        for agent, mine in _by_agent(actors).items()
+    ]
+
+
 def _role_from(item: dict[str, Any]) -> _Role:
     actors = [_Actor(a["name"], a["rank"], a["agent"], a.get("host", "")) for a in item["actors"]]
     return _Role(item["name"], item["policy"], item["max"], item["driver"], actors)
-
-
-def _lost_report(actor: _Actor, cause: str) -> dict[str, Any]:
-    return {"name": actor.name, "code": 69, "cause": cause}
 
 
 def _answer(call: Call | None, value: Any) -> list[Effect]:

@@ -12,43 +12,26 @@ import pickle
 import secrets
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from runtime import aio
 from runtime.cluster.ports import PortChooser
 from runtime.job import RoleSpec
 from runtime.launcher import child, spawn, zygote
+from runtime.launcher.assignment import Assignment
 from runtime.launcher.output import Capture, Outputs, Source
-from runtime.launcher.plan import Plan, Start, WorkerSpec, planned_actors, worker_env
+from runtime.launcher.plan import Start, WorkerSpec, planned_actors, worker_env
 from runtime.launcher.starter import NewWorker, Starter, close_streams
+from runtime.peer.context import PeerAddress
 
-Ask = Callable[[str, Mapping[str, Any]], Awaitable[Any]]
+Ask = Callable[[str, Mapping[str, Any]], Coroutine[Any, Any, Any]]
 """Ask a machine of the control plane: its name and a message."""
 
 WORKER = "runtime.worker:main"
 PROGRAM = "runtime.launcher.child:exec_program"
-
-
-@dataclass(frozen=True)
-class HostSettings:
-    """What the supervisor of one host works with. Times are seconds.
-
-    `env` is what workers inherit; `job_dir` the private folder of the job's sockets.
-    """
-
-    plan: Plan
-    host: str
-    agent: str
-    agent_address: str
-    job_dir: str
-    workdir: str
-    env: Mapping[str, str]
-    addr: str = "127.0.0.1"
-    port_range: tuple[int, int] | None = None
-    shutdown_timeout_s: float = 10.0
-    timeout_s: float | None = None
+_ADDRESS = "127.0.0.1"
 
 
 class Prepared(NamedTuple):
@@ -64,23 +47,24 @@ class Starting:
 
     def __init__(
         self,
-        settings: HostSettings,
+        assignment: Assignment,
+        agent: PeerAddress,
         ask: Ask,
         *,
         starter: Starter,
         outputs: Outputs,
         service: aio.Service,
     ) -> None:
-        self._settings, self._ask = settings, ask
+        self._assignment, self._agent, self._ask = assignment, agent, ask
         self._starter, self._outputs, self._service = starter, outputs, service
-        self.actors = {info.name: info for info in planned_actors(settings.plan)}
-        self._launches = {launch.env["RUNTIME_ACTOR"]: launch for launch in settings.plan.launches}
-        self._ports = PortChooser(settings.port_range)
+        self.actors = {info.name: info for info in planned_actors(assignment.plan)}
+        launches = assignment.plan.launches
+        self._launches = {launch.env["RUNTIME_ACTOR"]: launch for launch in launches}
+        self._ports = PortChooser(assignment.port_range)
 
     async def open_rendezvous(self) -> None:
         """Say what each elastic role needs before it can start."""
-        plan = self._settings.plan
-        for role in plan.job.roles.values():
+        for role in self._assignment.plan.job.roles.values():
             if role.kind == "elastic":
                 # One agent starts the workers of all hosts of the plan: they are all this machine.
                 opened = {"op": "open", "role": role.name, "min": 1, "max": 1}
@@ -95,9 +79,9 @@ class Starting:
             "op": "join",
             "role": role.name,
             "round": attempt,
-            "node": self._settings.agent,
+            "node": self._agent.peer,
             "slots": role.total,
-            "addr": self._settings.addr,
+            "addr": _ADDRESS,
             "port": self._ports.choose(),
         }
         place: Mapping[str, Any] = await self._ask("rendezvous", message)
@@ -154,7 +138,7 @@ class Starting:
 
     def _capture(self, name: str, incarnation: int) -> Capture:
         info = self.actors[name]
-        position = list(self._settings.plan.job.roles).index(info.role)
+        position = list(self._assignment.plan.job.roles).index(info.role)
         source = Source(info.role, info.rank, info.local_rank, info.host, incarnation, position)
         return self._outputs.capture(source)
 
@@ -166,12 +150,12 @@ class Starting:
         place: Mapping[str, Any],
         capture: Capture,
     ) -> WorkerSpec:
-        settings, info, launch = self._settings, self.actors[name], self._launches[name]
+        assignment, info, launch = self._assignment, self.actors[name], self._launches[name]
         rank, world_size = info.rank, info.world_size
         if place:
             rank, world_size = place["first_rank"] + info.rank, place["world_size"]
         info = replace(info, rank=rank, world_size=world_size, restart_count=incarnation)
-        folder = capture.folder or settings.job_dir
+        folder = capture.folder or assignment.job_dir
         error_file = os.path.join(folder, "error.json" if capture.folder else f"{name}.json")
         start = Start(
             incarnation,
@@ -185,24 +169,24 @@ class Starting:
         token = secrets.token_hex(4)
         number = launch.env["RUNTIME_GLOBAL_RANK"]
         return WorkerSpec(
-            job_id=settings.plan.job_id,
-            job=settings.plan.job,
+            job_id=assignment.plan.job_id,
+            job=assignment.plan.job,
             info=info,
             entry=role.entry,
-            env=worker_env(launch, settings.env, start),
+            env=worker_env(launch, assignment.env, start),
             actors=tuple(self.actors.values()),
             peer=f"{name}.{token}",
-            address=f"ipc://{settings.job_dir}/{number}.{token}",
-            agent_peer=settings.agent,
-            agent_address=settings.agent_address,
+            address=f"ipc://{assignment.job_dir}/{number}.{token}",
+            agent_peer=self._agent.peer,
+            agent_address=self._agent.address,
             agent_pid=os.getpid(),
             incarnation=incarnation,
-            workdir=role.workdir or settings.workdir,
+            workdir=role.workdir or assignment.workdir,
             error_file=error_file,
             preload=(*zygote.WARM, *(role.preload or ())),
             init_process_group=role.sets_up_process_group,
             node_check=role.checks_node,
-            shutdown_timeout_s=settings.shutdown_timeout_s,
+            shutdown_timeout_s=assignment.shutdown_timeout_s,
         )
 
     def _starting(self, spec: WorkerSpec) -> dict[str, Any]:
@@ -211,8 +195,8 @@ class Starting:
             "name": spec.info.name,
             "incarnation": spec.incarnation,
             "peer": spec.peer,
-            "host": self._settings.host,
-            "agent": self._settings.agent,
+            "host": self._assignment.host,
+            "agent": self._agent.peer,
         }
 
 

@@ -19,13 +19,16 @@ from typing import Any, NamedTuple
 
 from runtime import aio
 from runtime.cluster.exits import OwnReport, oom_kills, read_report, wall_clock
-from runtime.cluster.starting import Ask, HostSettings, Starting
+from runtime.cluster.starting import Ask, Starting
 from runtime.errors import RuntimeFault
-from runtime.job import ActorInfo, RoleSpec
+from runtime.job import RoleSpec
 from runtime.launcher import spawn
+from runtime.launcher.assignment import Assignment
 from runtime.launcher.output import Capture, Outputs
+from runtime.launcher.plan import WorkerSpec
 from runtime.launcher.starter import Starter
 from runtime.launcher.watch import Watch
+from runtime.peer.context import PeerAddress
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +41,7 @@ _SHOWN_LINES = 50
 class _Process:
     """One worker process of ours."""
 
-    info: ActorInfo
-    incarnation: int
-    peer: str
-    error_file: str
+    spec: WorkerSpec
     capture: Capture
     watch: Watch
     oom_kills: int
@@ -51,22 +51,25 @@ class _Process:
 class _Ended(NamedTuple):
     process: _Process
     exit: spawn.Exit
-    at: float
-    """Wall clock: of the error file where there is one, else of now."""
     seen: float
-    error: dict[str, Any]
-    step: int | None
+    report: OwnReport
+
+    @property
+    def at(self) -> float:
+        """Wall clock: of the error file where there is one, else of when the exit was seen."""
+        return self.report.at or self.seen
 
 
 class Supervisor(aio.Service):
     """Carries out directives on this host. `ended` is set to the directive "end" when it came.
 
-    `notify` gets events for the launcher (plain data): started, exited, restarting, stopping.
+    `notify` gets events for the launcher (plain data): started, exited, message.
     """
 
     def __init__(
         self,
-        settings: HostSettings,
+        assignment: Assignment,
+        agent: PeerAddress,
         ask: Ask,
         *,
         starter: Starter,
@@ -74,9 +77,11 @@ class Supervisor(aio.Service):
         notify: Callable[[dict[str, Any]], None],
     ) -> None:
         super().__init__("supervisor")
-        self._settings, self._ask = settings, ask
+        self._assignment, self._agent, self._ask = assignment, agent, ask
         self._starter, self._outputs, self._notify = starter, outputs, notify
-        self._starting = Starting(settings, ask, starter=starter, outputs=outputs, service=self)
+        self._starting = Starting(
+            assignment, agent, ask, starter=starter, outputs=outputs, service=self
+        )
         self._actors = self._starting.actors
         self._processes: dict[str, _Process] = {}
         self._starts: dict[str, asyncio.Task[None]] = {}
@@ -90,7 +95,7 @@ class Supervisor(aio.Service):
 
     async def begin(self) -> None:
         """Declare the job's actors and start them all."""
-        plan, settings = self._settings.plan, self._settings
+        assignment = self._assignment
         actors = [
             {"name": info.name, "role": info.role, "rank": info.rank, "host": info.host}
             for info in self._actors.values()
@@ -99,10 +104,10 @@ class Supervisor(aio.Service):
         await self._starting.open_rendezvous()
         begin = {
             "op": "begin",
-            "roles": [self._supervised(role) for role in plan.job.roles.values()],
-            "stop_timeout_s": settings.shutdown_timeout_s,
-            "restart_timeout_s": min(_RESTART_GRACE_S, settings.shutdown_timeout_s),
-            "timeout_s": settings.timeout_s,
+            "roles": [self._supervised(role) for role in assignment.plan.job.roles.values()],
+            "stop_timeout_s": assignment.shutdown_timeout_s,
+            "restart_timeout_s": min(_RESTART_GRACE_S, assignment.shutdown_timeout_s),
+            "timeout_s": assignment.timeout_s,
         }
         await self._ask("supervision", begin)
 
@@ -114,11 +119,6 @@ class Supervisor(aio.Service):
     async def kill(self, reason: str, code: int) -> None:
         """Kill all workers now."""
         await self._ask("supervision", {"op": "kill", "reason": reason, "code": code})
-
-    @property
-    def alive(self) -> list[str]:
-        """Names of the workers that run, or are being started."""
-        return sorted({*self._processes, *self._starts})
 
     def directive(self, message: Mapping[str, Any]) -> None:
         """Take a directive of the machine. Never blocks, never raises."""
@@ -145,33 +145,28 @@ class Supervisor(aio.Service):
             "max": role.restart.max,
             "driver": role.driver,
             "actors": [
-                {"name": a.name, "rank": a.rank, "agent": self._settings.agent, "host": a.host}
+                {"name": a.name, "rank": a.rank, "agent": self._agent.peer, "host": a.host}
                 for a in actors
             ],
         }
 
     async def _start(self, message: Mapping[str, Any]) -> None:
         """Start some actors of one role. What cannot be started is reported as having failed."""
-        role = self._settings.plan.job.roles[message["role"]]
+        role = self._assignment.plan.job.roles[message["role"]]
         incarnations: dict[str, int] = dict(message["actors"])
-        code, reason = 0, ""
         try:
             place = await self._starting.place(role, int(message["attempt"]))
             await self._start_all(role, incarnations, place)
         except asyncio.CancelledError:
             reason = "stopped before it was started"
             self._report_unstarted(incarnations, spawn.Exit(signal=signal.SIGTERM), reason)
-            return
         except (OSError, RuntimeFault) as error:
-            code, reason = 126, str(error)
-            if isinstance(error, FileNotFoundError):
-                code = 127
+            self._notify({"event": "message", "text": f"cannot start {role.name}: {error}"})
+            code = 127 if isinstance(error, FileNotFoundError) else 126
+            self._report_unstarted(incarnations, spawn.Exit(code), str(error))
         finally:
             for name in incarnations:
                 self._starts.pop(name, None)
-        if code:
-            self._notify({"event": "message", "text": f"cannot start {role.name}: {reason}"})
-            self._report_unstarted(incarnations, spawn.Exit(code=code), reason)
 
     async def _start_all(
         self, role: RoleSpec, incarnations: Mapping[str, int], place: Mapping[str, Any]
@@ -187,20 +182,20 @@ class Supervisor(aio.Service):
         pids = await self._starting.processes(role, prepared)
         for pid, (spec, capture, _) in zip(pids, prepared, strict=True):
             capture.pid = pid
-            watch = Watch(pid, self._exited)
-            process = _Process(
-                spec.info, spec.incarnation, spec.peer, spec.error_file, capture, watch, kills
-            )
+            process = _Process(spec, capture, Watch(pid, self._exited), kills)
             self._processes[spec.info.name] = process
             self._tails[spec.info.name, spec.incarnation] = capture
             started = {"name": spec.info.name, "pid": pid, "incarnation": spec.incarnation}
             self._notify({"event": "started", **started})
+            logger.info("%s runs as process %d", spec.info.name, pid)
 
     # -- stopping -----------------------------------------------------------------------------
 
     def _ask_to_stop(self, message: Mapping[str, Any]) -> None:
         grace_s, names = float(message["grace_s"]), list(message["names"])
-        self._notify({"event": "stopping", "names": names, "why": message["why"]})
+        logger.info(
+            "asking %s to stop: %s", ", ".join(names), message["why"] or "the job has failed"
+        )
         loop = asyncio.get_running_loop()
         for name in names:
             if task := self._starts.get(name):
@@ -219,16 +214,14 @@ class Supervisor(aio.Service):
 
     def _exited(self, watch: Watch, exit: spawn.Exit) -> None:
         process = next(p for p in self._processes.values() if p.watch is watch)
-        del self._processes[process.info.name]
+        del self._processes[process.spec.info.name]
         if process.kill_timer is not None:
             process.kill_timer.cancel()
         if not self._seen:
             asyncio.get_running_loop().call_soon(self._report_seen)
         seen = wall_clock()
-        failed = exit != spawn.Exit()
-        report = read_report(process.error_file) if failed else OwnReport()
-        ended = _Ended(process, exit, report.at or seen, seen, report.error, report.step)
-        self._seen.append(ended)
+        report = OwnReport() if exit == spawn.Exit() else read_report(process.spec.error_file)
+        self._seen.append(_Ended(process, exit, seen, report))
 
     def _report_seen(self) -> None:
         for process in list(self._processes.values()):
@@ -251,40 +244,25 @@ class Supervisor(aio.Service):
                 await self._tell(end)
 
     async def _tell(self, end: _Ended) -> None:
-        process, name = end.process, end.process.info.name
+        process, spec = end.process, end.process.spec
+        name, incarnation = spec.info.name, spec.incarnation
         cause = end.exit.cause
         if end.exit.signal == signal.SIGKILL and oom_kills() > process.oom_kills:
             cause += " (out of memory: the cgroup's oom_kill count rose)"
-        report = {
-            "op": "exited",
-            "name": name,
-            "incarnation": process.incarnation,
-            "pid": process.watch.pid,
-            "code": end.exit.code,
-            "signal": end.exit.signal,
-            "cause": cause,
-            "at": end.at,
-            "seen": end.seen,
-            "error": end.error,
-            "step": end.step,
-        }
+        known = {"pid": process.watch.pid, "error": end.report.error, "step": end.report.step}
+        report = _exited(name, incarnation, end.exit, cause=cause, at=end.at, seen=end.seen)
         if end.exit != spawn.Exit():
             spawn.kill_session(process.watch.pid)
-        message = {
-            "op": "exited",
-            "name": name,
-            "incarnation": process.incarnation,
-            "peer": process.peer,
-            "cause": end.exit.cause,
-            "code": end.exit.shell_code,
-        }
+        gone = {"op": "exited", "name": name, "incarnation": incarnation, "peer": spec.peer}
+        gone |= {"cause": end.exit.cause, "code": end.exit.shell_code}
         # What others are told of this death comes before any decision about it is carried out.
         async with self._telling:
-            answer = await self._ask("supervision", report)
-            await self._ask("membership", {**message, "final": bool(answer["final"])})
+            answer = await self._ask("supervision", report | known)
+            await self._ask("membership", {**gone, "final": bool(answer["final"])})
         self._notify({"event": "exited", "name": name, "cause": cause})
+        logger.info("%s has ended: %s", name, cause)
         if end.exit == spawn.Exit():
-            self._tails.pop((name, process.incarnation), None)
+            self._tails.pop((name, incarnation), None)
         self.spawn(self._last_output(process.capture), f"last output of {name}")
 
     async def _last_output(self, capture: Capture) -> None:
@@ -299,20 +277,8 @@ class Supervisor(aio.Service):
             if name in self._processes:  # this one was started before the start failed
                 self._processes[name].watch.kill()
                 continue
-            report = {
-                "op": "exited",
-                "name": name,
-                "incarnation": incarnation,
-                "code": exit.code,
-                "signal": exit.signal,
-                "cause": reason,
-                "at": now,
-                "seen": now,
-            }
-            self.spawn(self._tell_unstarted(report), f"report on {name}")
-
-    async def _tell_unstarted(self, report: Mapping[str, Any]) -> None:
-        await self._ask("supervision", report)
+            report = _exited(name, incarnation, exit, cause=reason, at=now, seen=now)
+            self.spawn(self._ask("supervision", report), f"report on {name}")
 
     async def _reap(self) -> None:
         while True:
@@ -332,3 +298,9 @@ class Supervisor(aio.Service):
                 }
         if not self.ended.done():
             self.ended.set_result(end)
+
+
+def _exited(name: str, incarnation: int, exit: spawn.Exit, **more: Any) -> dict[str, Any]:
+    """A report to the machine "supervision"."""
+    ended = {"incarnation": incarnation, "code": exit.code, "signal": exit.signal}
+    return {"op": "exited", "name": name, **ended, **more}

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from runtime.config import Config
 from runtime.errors import ConfigError
 from runtime.launcher.output import OutputSettings
 from runtime.launcher.plan import Plan
@@ -20,7 +21,7 @@ class Assignment:
     """Everything an agent needs to know; it travels pickled over the agent's private pipe.
 
     `plan.job.config` is pickled bytes, which only workers open. `log_dir` is the folder above the
-    jobs' folders. Times are seconds; `env` is what workers inherit.
+    jobs' folders; `env` what workers inherit; `settings` those of `--config`. Times are seconds.
     """
 
     plan: Plan
@@ -33,6 +34,7 @@ class Assignment:
     shutdown_timeout_s: float = 10.0
     timeout_s: float | None = None
     port_range: tuple[int, int] | None = None
+    settings: Config = field(default_factory=Config)
 
 
 def choose_job_dir(token: str, env: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
+from contextlib import suppress
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -56,10 +57,6 @@ def pack(kind: Kind, body: bytes) -> bytes:
     return _HEAD.pack(kind, len(body)) + body
 
 
-def pack_message(kind: Kind, message: dict[str, Any]) -> bytes:
-    return pack(kind, msgpack.packb(message))
-
-
 def unpack_head(head: bytes) -> tuple[Kind, int]:
     """Kind and body length. Raises `WireError` for anything that is not our frame."""
     number, length = _HEAD.unpack(head)
@@ -79,13 +76,9 @@ class Channel:
         self,
         reader: asyncio.StreamReader,
         read_transport: asyncio.ReadTransport,
-        write_transport: asyncio.WriteTransport,
-        flow: _Flow,
+        writer: asyncio.StreamWriter,
     ) -> None:
-        self._reader = reader
-        self._read_transport = read_transport
-        self._write_transport = write_transport
-        self._flow = flow
+        self._reader, self._read_transport, self._writer = reader, read_transport, writer
 
     @classmethod
     async def open(cls, read_fd: int, write_fd: int) -> Channel:
@@ -95,21 +88,26 @@ class Channel:
         read_transport, _ = await loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_fd, "rb", 0)
         )
-        write_transport, flow = await loop.connect_write_pipe(_Flow, os.fdopen(write_fd, "wb", 0))
-        write_transport.set_write_buffer_limits(high=_HIGH_WATER)
-        return cls(reader, read_transport, write_transport, flow)
+        nothing = asyncio.StreamReader()  # a pipe has one direction, a protocol of streams has two
+        transport, protocol = await loop.connect_write_pipe(
+            lambda: asyncio.StreamReaderProtocol(nothing), os.fdopen(write_fd, "wb", 0)
+        )
+        transport.set_write_buffer_limits(high=_HIGH_WATER)
+        writer = asyncio.StreamWriter(transport, protocol, nothing, loop)
+        return cls(reader, read_transport, writer)
 
     def send(self, kind: Kind, body: bytes) -> None:
         """Queue a frame; it is dropped when the other side is gone (`receive` says so)."""
-        if not self._write_transport.is_closing():
-            self._write_transport.write(pack(kind, body))
+        if not self._writer.is_closing():
+            self._writer.write(pack(kind, body))
 
     def send_message(self, kind: Kind, message: dict[str, Any]) -> None:
         self.send(kind, msgpack.packb(message))
 
     async def drain(self) -> None:
         """Return when little is queued, or when the other side is gone."""
-        await self._flow.writable()
+        with suppress(ConnectionError):
+            await self._writer.drain()
 
     async def receive(self) -> Frame | None:
         """The next frame; None when the other side has ended (in whatever way)."""
@@ -121,34 +119,13 @@ class Channel:
 
     async def close(self, timeout: float = 1.0) -> None:
         """Flush for at most `timeout` seconds, then close both directions. Idempotent."""
-        if not self._write_transport.is_closing():
-            self._write_transport.close()  # closes when the buffer is empty
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._flow.closed.wait()
-            except TimeoutError:
-                self._write_transport.abort()
+        self._writer.close()  # closes when the buffer is empty
+        try:
+            async with asyncio.timeout(timeout):
+                await self._writer.wait_closed()
+        except TimeoutError:
+            self._writer.transport.abort()
+        except OSError:  # the other side was gone first
+            pass
         self._read_transport.close()
         await asyncio.sleep(0)  # lets the transports close their descriptors
-
-
-class _Flow(asyncio.BaseProtocol):
-    """Flow control of the writing side: asyncio has a ready one only for its own streams."""
-
-    def __init__(self) -> None:
-        self.closed = asyncio.Event()
-        self._may_write = asyncio.Event()
-        self._may_write.set()
-
-    def pause_writing(self) -> None:
-        self._may_write.clear()
-
-    def resume_writing(self) -> None:
-        self._may_write.set()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.closed.set()
-        self._may_write.set()
-
-    async def writable(self) -> None:
-        await self._may_write.wait()

@@ -134,6 +134,9 @@ def become(order: Order) -> int:
         os.write(2, f"cannot change to the working directory: {error}\n".encode())
         return 126
     _fresh_streams()
+    if problem := _start_logging():
+        sys.stderr.write(f"runtime: {problem}\n")
+        return 2
     faulthandler.disable()  # its handlers were taken away with the zygote's others
     faulthandler.enable()
     for name in order.preload:
@@ -206,6 +209,19 @@ def _stream(fd: int, errors: str) -> io.TextIOWrapper:
     raw: Any = io.FileIO(fd, "wb", closefd=False)
     encoding = os.environ.get("PYTHONIOENCODING", "").partition(":")[0] or "utf-8"
     return io.TextIOWrapper(raw, encoding=encoding, errors=errors, newline="\n", write_through=True)
+
+
+def _start_logging() -> str:
+    """Our own records, at the levels of RUNTIME_LOG, on stderr; what is wrong with that variable."""
+    from runtime.config import parse_log_spec
+    from runtime.errors import ConfigError
+    from runtime.observe.logs import configure_logging
+
+    try:
+        configure_logging(parse_log_spec(os.environ.get("RUNTIME_LOG", "")), sys.stderr)
+    except ConfigError as error:  # a role's own environment may say it: nobody has checked that
+        return error.reason
+    return ""
 
 
 def _fresh_seeds() -> None:

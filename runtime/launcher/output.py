@@ -46,8 +46,7 @@ _COLOURS = (36, 33, 35, 32, 34, 31)
 class OutputSettings:
     """Where output goes. `log_dir`: the job's own folder; None: no files.
 
-    `console` and `files` say for a local rank whether a stream goes there ("stdout", "stderr"); an empty
-    mapping means yes for all. `prefix` is a template with ${role} ${rank} ${local_rank} ${host} ${pid}
+    `console` says which streams of a local rank go there; an empty mapping means all. `prefix` is a template with ${role} ${rank} ${local_rank} ${host} ${pid}
     ${time}, as in torchrun's TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE.
     """
 
@@ -64,7 +63,7 @@ class OutputSettings:
 
 
 def shown_streams(
-    local_rank: int, *, redirects: Streams | None, tee: Streams | None, only: frozenset[int] | None
+    local_rank: int, redirects: Streams | None, tee: Streams | None, only: frozenset[int] | None
 ) -> frozenset[Stream]:
     """What a worker shows on the console, by torchrun's options: redirected streams go to files alone,
     unless they are tee'd; `only`: the local ranks that are shown at all."""

@@ -91,14 +91,11 @@ class WorkerSpec:
     incarnation: int
     workdir: str
     error_file: str
-    stdout_fd: int = 1
-    stderr_fd: int = 2
     preload: tuple[str, ...] = ()
     init_process_group: bool = False
     node_check: bool = False
     shutdown_timeout_s: float = 10.0
     start_timeout_s: float = 600.0
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,8 +129,6 @@ class Start(NamedTuple):
     master_port: int | None = None
     rank: int | None = None
     world_size: int | None = None
-    group_rank: int | None = None
-    group_world_size: int | None = None
 
 
 def make_plan(options: LaunchOptions, hosts: Sequence[Host], job: JobSpec, *, facts: Facts) -> Plan:
@@ -166,12 +161,10 @@ def _enough_hosts(job: JobSpec, hosts: Sequence[Host]) -> Sequence[Host]:
         raise ConfigError(
             f"the job needs node_num = {job.node_num} hosts, found {len(hosts)}: {names}"
         )
-    known = [host for host in hosts if host.role is not None and host.role not in job.roles]
+    unknown = [host for host in hosts if host.role is not None and host.role not in job.roles]
+    roles = ", ".join(job.roles)
     raise_together(
-        [
-            f"host {h.name}: role={h.role} is no role of the job ({', '.join(job.roles)})"
-            for h in known
-        ]
+        [f"host {h.name}: role={h.role} is no role of the job ({roles})" for h in unknown]
     )
     return hosts[: job.node_num]
 
@@ -322,17 +315,14 @@ def worker_env(launch: Launch, inherited: Mapping[str, str], start: Start) -> di
     if start.error_file:
         env["TORCHELASTIC_ERROR_FILE"] = start.error_file
     decided = {
-        ("RANK", "ROLE_RANK"): start.rank,
-        ("WORLD_SIZE", "ROLE_WORLD_SIZE"): start.world_size,
-        ("GROUP_RANK", "NODE_RANK"): start.group_rank,
-        ("GROUP_WORLD_SIZE",): start.group_world_size,
+        "RANK": start.rank,
+        "ROLE_RANK": start.rank,
+        "WORLD_SIZE": start.world_size,
+        "ROLE_WORLD_SIZE": start.world_size,
+        "MASTER_ADDR": launch.env.get("MASTER_ADDR", start.master_addr),
+        "MASTER_PORT": launch.env.get("MASTER_PORT", start.master_port),
     }
-    env |= {name: str(v) for names, v in decided.items() if v is not None for name in names}
-    if start.master_addr is not None:
-        env.setdefault("MASTER_ADDR", start.master_addr)
-    if start.master_port is not None:
-        env.setdefault("MASTER_PORT", str(start.master_port))
-    return env
+    return env | {name: str(value) for name, value in decided.items() if value is not None}
 
 
 def planned_actors(plan: Plan) -> tuple[ActorInfo, ...]:
@@ -363,14 +353,13 @@ def to_json(plan: Plan) -> str:
 
     document = {
         "job": {"id": plan.job_id, **_plain(asdict(plan.job))},
-        "hosts": [_plain(_said(asdict(host))) for host in plan.hosts],
+        "hosts": [
+            {k: _plain(v) for k, v in asdict(host).items() if v is not None or k == "slots"}
+            for host in plan.hosts
+        ],
         "launches": [_plain(asdict(launch)) for launch in plan.launches],
     }
     return json.dumps(document, indent=2, ensure_ascii=False)
-
-
-def _said(host: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in host.items() if value is not None or key == "slots"}
 
 
 def _plain(value: Any) -> Any:
@@ -402,11 +391,8 @@ def to_text(plan: Plan) -> str:
         if not mine:
             continue
         restart = role.restart
-        again = (
-            "never"
-            if restart.policy == "never" or not restart.max
-            else f"{restart.policy}, {restart.max}x"
-        )
+        never = restart.policy == "never" or not restart.max
+        again = "never" if never else f"{restart.policy}, {restart.max}x"
         lines += [
             "",
             f"role {role.name}: {role.kind}, {_counted(len(mine), 'worker')}, restart {again}"

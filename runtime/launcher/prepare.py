@@ -75,9 +75,7 @@ def job_from_options(options: LaunchOptions, hosts: tuple[Host, ...], facts: Fac
     if options.job_file is not None:
         job = job_from_toml(facts.files[options.job_file], options.job_file)
     else:
-        assert options.entry is not None, (
-            "options without a program are refused when they are parsed"
-        )
+        assert options.entry is not None  # else refused when the options were parsed
         role = _role_from_options(options, options.entry, hosts, facts)
         kind: Literal["CPU", "GPU"] = "GPU" if facts.gpu_count else "CPU"
         job = JobSpec(role.name, {role.name: role}, device_type=kind)

@@ -8,25 +8,18 @@ buried under its consequences.
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 MIN_WIDTH = 40
 MAX_TRACEBACK_LINES = 60
 MAX_LAST_LINES = 20
 MAX_FOLLOW_ONS = 16
+MAX_LINE = 2000
 
-# Exit codes that are not some worker's own.
-OK = 0
-USAGE = 2
-HOST_LOST = 69
 TIMED_OUT = 124
-NOT_EXECUTABLE = 126
-NOT_FOUND = 127
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -71,11 +64,10 @@ End = Literal[
     "usage",
     "host_lost",
     "timeout",
-    "not_executable",
-    "not_found",
     "interrupted",
     "terminated",
     "hangup",
+    "quit",
 ]
 
 
@@ -91,43 +83,30 @@ class Outcome:
     log_dir: str = ""
     restarts: int = 0
     timeout_s: float | None = None
-    still_running: tuple[str, ...] = field(default=())
-    """Workers that had to be killed since they did not stop when asked to."""
 
 
 # Codes and words
 
 
+_CODES: dict[End, int] = {
+    "finished": 0,
+    "usage": 2,
+    "host_lost": 69,
+    "timeout": TIMED_OUT,
+    "interrupted": 128 + signal.SIGINT,
+    "terminated": 128 + signal.SIGTERM,
+    "hangup": 128 + signal.SIGHUP,
+    "quit": 128 + signal.SIGQUIT,
+}
+
+
 def exit_code(outcome: Outcome) -> int:
     """The launcher's exit code: 0, the first failing worker's own, 128 + its signal, or that of the
     job's end."""
-    match outcome.end:
-        case "finished":
-            return OK
-        case "usage":
-            return USAGE
-        case "host_lost":
-            return HOST_LOST
-        case "timeout":
-            return TIMED_OUT
-        case "not_executable":
-            return NOT_EXECUTABLE
-        case "not_found":
-            return NOT_FOUND
-        case "interrupted":
-            return INTERRUPTED
-        case "terminated":
-            return 128 + signal.SIGTERM
-        case "hangup":
-            return 128 + signal.SIGHUP
-        case "failed":
-            return _code_of(outcome.failures[0]) if outcome.failures else 1
-
-
-def _code_of(failure: WorkerFailure) -> int:
-    if failure.signal is not None:
-        return 128 + failure.signal
-    return failure.code or 1
+    if outcome.end != "failed":
+        return _CODES[outcome.end]
+    first = outcome.failures[0] if outcome.failures else WorkerFailure("", 0)
+    return 128 + first.signal if first.signal is not None else first.code or 1
 
 
 def signal_name(number: int) -> str:
@@ -144,7 +123,10 @@ def cause(failure: WorkerFailure) -> str:
     if failure.signal is not None:
         return signal_name(failure.signal)
     if failure.code is not None and not failure.reason:
-        return f"exit code {failure.code}"
+        by_signal = 128 < failure.code < 128 + signal.NSIG
+        return f"exit code {failure.code}" + (
+            f" (128 + {signal_name(failure.code - 128)})" if by_signal else ""
+        )
     return failure.reason or "lost"
 
 
@@ -160,18 +142,6 @@ _HINTS = {
 }
 
 
-def parse_error_file(text: str) -> ErrorFile | None:
-    """Read an `error.json`; None for what is not one (a worker may die while it writes)."""
-    try:
-        message = json.loads(text)["message"]
-        if isinstance(message, str):
-            return ErrorFile(message)
-        stack = message.get("extraInfo", {}).get("py_callstack", "")
-        return ErrorFile(str(message["message"]), str(stack), str(json.loads(text).get("type", "")))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
 def waiting_for(names: Sequence[str], limit: int = 8) -> str:
     """ "waiting for 3 ranks: trainer-0, trainer-1, evaluator-0"; long lists are counted."""
     shown = ", ".join(names[:limit])
@@ -185,7 +155,7 @@ def waiting_for(names: Sequence[str], limit: int = 8) -> str:
 def failure_box(outcome: Outcome, width: int = 80) -> str:
     """The text for the end of a job that did not finish; "" for one that did.
 
-    No line is wider than `width` (at least 40) columns.
+    No line is wider than `width` (at least 40) columns, but for a path that is to be copied.
     """
     if outcome.end == "finished":
         return ""
@@ -196,11 +166,8 @@ def failure_box(outcome: Outcome, width: int = 80) -> str:
     if outcome.failures:
         lines += _first(outcome.failures[0], outcome, width)
     elif outcome.log_dir:
-        lines += _field("logs", outcome.log_dir, width)
+        lines += _logs(outcome.log_dir)
     lines += _follow_ons(outcome.failures[1:], width)
-    if outcome.still_running:
-        names = ", ".join(outcome.still_running)
-        lines += _field("killed", f"{names} did not stop when asked to", width)
     lines += _field("exit code", str(exit_code(outcome)), width)
     lines.append("═" * width)
     return "\n".join(lines) + "\n"
@@ -214,21 +181,23 @@ def _job_words(outcome: Outcome) -> str:
 
 
 def _end_words(outcome: Outcome) -> str:
-    again = f" after {outcome.restarts} restart{'s' if outcome.restarts > 1 else ''}"
-    words = {
-        "failed": "failed" + (again if outcome.restarts else ""),
-        "usage": "could not start",
-        "host_lost": "lost a host",
-        "timeout": f"ran longer than --timeout {outcome.timeout_s:g} s"
-        if outcome.timeout_s is not None
-        else "ran longer than --timeout",
-        "not_executable": "could not start",
-        "not_found": "could not start",
-        "interrupted": "stopped by Ctrl-C",
-        "terminated": "stopped by SIGTERM",
-        "hangup": "stopped: the terminal was closed",
-    }
-    return words[outcome.end]
+    if outcome.end == "failed" and outcome.restarts:
+        return f"failed after {outcome.restarts} restart{'s' if outcome.restarts > 1 else ''}"
+    if outcome.end == "timeout" and outcome.timeout_s is not None:
+        return f"ran longer than --timeout {outcome.timeout_s:g} s"
+    return _WORDS[outcome.end]
+
+
+_WORDS: dict[End, str] = {
+    "failed": "failed",
+    "usage": "could not start",
+    "host_lost": "lost a host",
+    "timeout": "ran longer than --timeout",
+    "interrupted": "stopped by Ctrl-C",
+    "terminated": "stopped by SIGTERM",
+    "hangup": "stopped: the terminal was closed",
+    "quit": "stopped by SIGQUIT",
+}
 
 
 def _first(failure: WorkerFailure, outcome: Outcome, width: int) -> list[str]:
@@ -248,7 +217,7 @@ def _first(failure: WorkerFailure, outcome: Outcome, width: int) -> list[str]:
     if failure.last_lines and not _told(failure):
         lines += _block("last lines", _last(failure.last_lines, MAX_LAST_LINES), width)
     log_dir = failure.log_dir or outcome.log_dir
-    return lines + (_field("logs", log_dir, width) if log_dir else [])
+    return lines + (_logs(log_dir) if log_dir else [])
 
 
 def _error_words(error: ErrorFile) -> str:
@@ -269,8 +238,12 @@ def _told(failure: WorkerFailure) -> bool:
     """Whether the last lines are just the traceback that the box has already."""
     if failure.error is None or not failure.error.traceback.strip():
         return False
+    import re
+
     trace = {line.strip() for line in failure.error.traceback.splitlines()}
-    return all(line.strip() in trace for line in failure.last_lines)
+    # torch puts the rank before each line of a traceback that it prints itself.
+    said = (re.sub(r"^\[rank\d+\]: ?", "", line).strip() for line in failure.last_lines)
+    return all(line in trace for line in said)
 
 
 def _follow_ons(failures: Sequence[WorkerFailure], width: int) -> list[str]:
@@ -295,13 +268,21 @@ def _rule(title: str, width: int, line: str) -> str:
     return line * 2 + title + line * (width - 2 - _columns(title))
 
 
+def _logs(path: str) -> list[str]:
+    return [f"{'logs':<10} {_clean(path)}"]
+
+
 def _field(name: str, text: str, width: int) -> list[str]:
     lines = _wrapped(text, width - 11)
     return [f"{name if number == 0 else '':<10} {line}" for number, line in enumerate(lines)]
 
 
 def _block(name: str, lines: Iterable[str], width: int) -> list[str]:
-    return [name, *(f"  {part}" for line in lines for part in _wrapped(line, width - 2))]
+    shown = (
+        line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} … {len(line) - MAX_LINE} more"
+        for line in lines
+    )  # fmt: skip
+    return [name, *(f"  {part}" for line in shown for part in _wrapped(line, width - 2))]
 
 
 def _tail(text: str, limit: int) -> list[str]:

@@ -8,7 +8,7 @@ of the job's folder is removed from here.
 from __future__ import annotations
 
 import asyncio
-import logging
+import os
 import pickle
 import signal
 import sys
@@ -22,18 +22,20 @@ from runtime.launcher import report, spawn
 from runtime.launcher.assignment import Assignment, remove_job_dir
 from runtime.launcher.channel import Channel, Frame, Kind
 from runtime.launcher.console import Console
-from runtime.launcher.local import LocalAgent
 from runtime.launcher.watch import Watch
+from runtime.observe.logs import configure_logging
 
 _SIGNALS: Mapping[int, tuple[report.End, str]] = {
     signal.SIGINT: ("interrupted", "Ctrl-C"),
     signal.SIGTERM: ("terminated", "SIGTERM"),
     signal.SIGHUP: ("hangup", "SIGHUP"),
-    signal.SIGQUIT: ("interrupted", "SIGQUIT"),
+    signal.SIGQUIT: ("quit", "SIGQUIT"),
 }
 _TOLD_EVERY_S = 2.0
 _CLEANUP_S = 3.0
 _AFTER_END_S = 5.0
+_AGENT_MARGIN_S = 8.0
+"""What an agent may take beyond the time that its workers were given."""
 
 
 class Signalled(NamedTuple):
@@ -45,12 +47,18 @@ class Signalled(NamedTuple):
 
 
 class Session(aio.Service):
-    """One attached job. `run` gives its outcome; everything it shows is on the console by then."""
+    """One attached job. `run` gives its outcome; everything it shows is on the console by then.
 
-    def __init__(self, agent: LocalAgent, assignment: Assignment, *, quiet: bool = False) -> None:
+    `quiet`: restarts are not told.
+    """
+
+    def __init__(
+        self, agent: spawn.LocalAgent, assignment: Assignment, *, quiet: bool = False
+    ) -> None:
         super().__init__("session")
         self._agent, self._assignment, self._quiet = agent, assignment, quiet
         self._console = Console()
+        configure_logging(assignment.settings.log, self._log)
         self._channel: Channel | None = None
         self._workers: dict[str, int] = {}
         self._restarts = 0
@@ -102,9 +110,10 @@ class Session(aio.Service):
                 self._workers.pop(event["name"], None)
             case "restarting":
                 self._restarts += 1
-                self._say(_restarting(event))
-            case "log" if event["level"] >= logging.WARNING or not self._quiet:
-                self._say(f"runtime: {event['text']}\n")
+                if not self._quiet:
+                    self._say(_restarting(event))
+            case "log":
+                self._log(event["text"])
             case "message":
                 self._say(f"runtime: {event['text']}\n")
             case "end" | "refused":
@@ -114,6 +123,9 @@ class Session(aio.Service):
         """The launcher's own words: to standard error."""
         if text:
             self._console.write("stderr", text.encode(errors="replace"))
+
+    def _log(self, line: str) -> None:
+        self._say(f"runtime: {line}")
 
     # -- signals ------------------------------------------------------------------------------
 
@@ -130,11 +142,21 @@ class Session(aio.Service):
                 "(again: kill it now)\n"
             )
             self._command("stop")
+            self._expect_end_within(limit + _AGENT_MARGIN_S)
             self.spawn(self._tell_who_is_left(), "who is left")
         elif self._signals == 2:
             self._say("runtime: killing the job\n")
             self._command("kill")
+            self._expect_end_within(_CLEANUP_S)
         else:
+            self._kill_agent()
+
+    def _expect_end_within(self, seconds: float) -> None:
+        """An agent that is stopped itself, or hangs, must not keep the launcher."""
+        asyncio.get_running_loop().call_later(seconds, self._kill_agent)
+
+    def _kill_agent(self) -> None:
+        if self.running and not self._agent_exit.done():
             spawn.send_signal(self._agent.pid, signal.SIGKILL)
 
     def _command(self, op: str) -> None:
@@ -170,7 +192,8 @@ class Session(aio.Service):
         remove_job_dir(self._assignment.job_dir)
         how = f"killed by {exit.cause}" if exit.signal else f"ended with {exit.cause}"
         text = f"agent of host {self._assignment.host} {how}; its workers were ended"
-        return replace(base, end="host_lost", detail=text)
+        folder = os.path.join(self._assignment.log_dir, base.job_id)
+        return replace(base, end="host_lost", detail=text, log_dir=folder)
 
 
 def outcome_of_end(
@@ -196,7 +219,7 @@ def outcome_of_end(
 
 def _failure(failure: Mapping[str, Any]) -> report.WorkerFailure:
     lines = failure.get("lines") or {}
-    error = failure["error"]
+    error = failure["error"] or None
     number = failure["signal"] or None
     _, oom, evidence = failure["cause"].partition(" (")
     return report.WorkerFailure(
@@ -210,9 +233,7 @@ def _failure(failure: Mapping[str, Any]) -> report.WorkerFailure:
         reason="" if failure["pid"] else failure["cause"],
         evidence=(evidence.rstrip(")"),) if oom else (),
         restart_count=failure["incarnation"],
-        error=report.ErrorFile(error["message"], error["traceback"], error["type"])
-        if error
-        else None,
+        error=error and report.ErrorFile(error["message"], error["traceback"], error["type"]),
         last_lines=tuple(lines.get("stderr") or lines.get("stdout") or ()),
         log_dir=failure.get("folder") or "",
     )
@@ -228,9 +249,7 @@ def _restarting(event: Mapping[str, Any]) -> str:
 
 
 def _width() -> int:
-    import os
-
     try:
-        return min(os.get_terminal_size(sys.stderr.fileno()).columns, 120)
+        return min(os.get_terminal_size(sys.stderr.fileno()).columns or 100, 120)
     except (OSError, ValueError):
         return 100

@@ -13,11 +13,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 _PR_SET_PDEATHSIG = 1
+_TRACKER = b"from multiprocessing.resource_tracker import main"
+_TRACKER_S = 1.0
 _PR_SET_CHILD_SUBREAPER = 36
 _WORKER_OOM_SCORE = 500
 
@@ -137,6 +140,33 @@ def start(
     return process.pid
 
 
+class LocalAgent(NamedTuple):
+    """A started agent: its process and our ends of its pipes."""
+
+    pid: int
+    read_fd: int
+    write_fd: int
+
+
+def start_agent() -> LocalAgent:
+    """Start an agent on this host, which reads frames from its standard input, the first of them its
+    assignment, and writes frames to its standard output. Raises `OSError`."""
+    down_read, down_write = os.pipe()
+    up_read, up_write = os.pipe()
+    # Its fork server starts before it has imported anything itself.
+    code = bootstrap("runtime.agent", first="runtime.launcher.zygote:start_first")
+    try:
+        pid = start([sys.executable, "-c", code], streams=Streams(down_read, up_write))
+    except OSError:
+        os.close(down_write)
+        os.close(up_read)
+        raise
+    finally:
+        os.close(down_read)
+        os.close(up_write)
+    return LocalAgent(pid, up_read, down_write)
+
+
 def send_signal(pid: int, number: int) -> None:
     """Signal a process; one that is gone already is fine."""
     try:
@@ -219,10 +249,21 @@ def reap_orphans(known: Iterable[int] = ()) -> None:
 
 
 def kill_session(session: int) -> None:
-    """SIGKILL for every descendant of ours that belongs to `session`."""
+    """SIGKILL for every descendant of ours that belongs to `session`, but for resource trackers."""
     for info in descendants():
-        if info.session == session:
+        if info.session == session and not _is_tracker(info.pid):
             send_signal(info.pid, signal.SIGKILL)
+
+
+def _is_tracker(pid: int) -> bool:
+    """Whether this is the process that removes the shared memory and the semaphores of a Python program
+    once all who used them are gone (`multiprocessing`). It ends by itself then; killed, it removes none.
+    """
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return _TRACKER in file.read()
+    except OSError:
+        return False
 
 
 def kill_descendants(timeout: float = 3.0, *, without: Iterable[int] = ()) -> list[ProcessInfo]:
@@ -231,12 +272,14 @@ def kill_descendants(timeout: float = 3.0, *, without: Iterable[int] = ()) -> li
     Gives what is still there: processes in an uninterruptible wait, for the log.
     """
     skip = list(without)
-    limit = time.monotonic() + timeout
+    start = time.monotonic()
     while left := descendants(without=skip):
+        waited = time.monotonic() - start
         for info in left:
-            send_signal(info.pid, signal.SIGKILL)
+            if waited > _TRACKER_S or not _is_tracker(info.pid):
+                send_signal(info.pid, signal.SIGKILL)
         reap_orphans(skip)
-        if time.monotonic() > limit:
+        if waited > timeout:
             return left
         time.sleep(0.002)
     reap_orphans(skip)

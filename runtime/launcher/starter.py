@@ -108,24 +108,21 @@ class _Zygote:
     async def _ask(
         self, request: dict[str, Any], fds: Sequence[int], timeout: float, doing: str
     ) -> dict[str, Any]:
-        loop = asyncio.get_running_loop()
+        data, reason = b"", f"it died while {doing}"
         async with self._lock:
             try:
                 async with asyncio.timeout(timeout):
                     socket.send_fds(self._socket, [json.dumps(request).encode()], fds)
-                    data = await loop.sock_recv(self._socket, 1 << 16)
+                    data = await asyncio.get_running_loop().sock_recv(self._socket, 1 << 16)
             except TimeoutError:
-                self.close()
-                raise _ZygoteLost(f"{doing} took longer than {timeout:g} s") from None
+                reason = f"{doing} took longer than {timeout:g} s"
             except OSError as error:
-                self.close()
-                raise _ZygoteLost(f"it is gone while {doing} ({error.strerror})") from error
-            except asyncio.CancelledError:  # its answer would be taken for that to the next request
-                self.close()
-                raise
+                reason = f"it is gone while {doing} ({error.strerror})"
+            finally:
+                if not data:  # when cancelled, too: a late answer would be taken for the next one
+                    self.close()
         if not data:
-            self.close()
-            raise _ZygoteLost(f"it died while {doing}")
+            raise _ZygoteLost(reason)
         answer: dict[str, Any] = json.loads(data)
         return answer
 
@@ -212,8 +209,10 @@ class Starter:
             raise _ZygoteLost("")
         async with self._locks.setdefault(recipe, asyncio.Lock()):
             known = self._zygotes.get(recipe)
-            if known is not None and known.alive:
-                return known
+            if known is not None:
+                if known.alive:
+                    return known
+                known.close()
             common = _common_env(orders)
             found = self._take_spare(common) or _Zygote(zygote.start(common), common)
             self._zygotes[recipe] = found

@@ -19,11 +19,7 @@ class Watch:
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._pidfd = os.pidfd_open(pid)
-        self._loop.add_reader(self._pidfd, self._readable)
-
-    def _readable(self) -> None:
-        if self.poll() is not None:
-            return
+        self._loop.add_reader(self._pidfd, self.poll)
 
     def poll(self) -> spawn.Exit | None:
         """How it ended, if it has; its callback has run then."""
@@ -35,7 +31,7 @@ class Watch:
             if pid == 0:
                 return None
             self.exit = spawn.Exit.from_status(status)
-            self._release()
+            self.close()
             self._ended(self, self.exit)
         return self.exit
 
@@ -51,10 +47,7 @@ class Watch:
             spawn.send_signal(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Stop watching (the process goes on)."""
-        self._release()
-
-    def _release(self) -> None:
+        """Stop watching (the process goes on). Idempotent."""
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)

@@ -52,9 +52,7 @@ def start(env: Mapping[str, str]) -> Started:
             pid = spawn.start(
                 [sys.executable, "-c", spawn.bootstrap(__name__, theirs.fileno())],
                 env=env,
-                streams=spawn.Streams(
-                    stdout=2, stderr=2
-                ),  # what imports print is no worker's output
+                streams=spawn.Streams(stdout=2, stderr=2),  # imports' prints are no worker's output
                 pass_fds=[theirs.fileno()],
             )
         except OSError:
@@ -170,9 +168,8 @@ def unsafe_to_fork(own_fds: set[int]) -> str | None:
     if reason := _zmq_context():
         return reason
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # forking beside native threads: the test
+        # Of forking beside native threads: that is what is tested here.
+        warnings.simplefilter("ignore", DeprecationWarning)
         trial = os.fork()
     if trial == 0:
         os._exit(0)

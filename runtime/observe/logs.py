@@ -1,4 +1,4 @@
-"""Where our own log records go: one line each on one stream, with time, level and logger.
+"""Where our own log records go: one line each to one place, with time, level and logger.
 
 Only loggers below "runtime" are touched; the user's own logging stays as it is. Colours only on a
 terminal. Which levels are written is a `config.LogSpec`.
@@ -7,6 +7,8 @@ terminal. Which levels are written is a `config.LogSpec`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import TextIO
 
 from runtime.config import LogSpec
@@ -34,17 +36,30 @@ class LineFormatter(logging.Formatter):
         return line
 
 
-class _OurHandler(logging.StreamHandler[TextIO]):
+class _OurHandler(logging.Handler):
     """Told apart from handlers that the user installed, so that configuring twice leaves one."""
 
+    def __init__(self, write: Callable[[str], object]) -> None:
+        super().__init__()
+        self._write = write
 
-def configure_logging(spec: LogSpec, stream: TextIO) -> None:
-    """Write the package's log records to `stream`. Calling it again replaces what it did before."""
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._write(self.format(record) + "\n")
+        except Exception:  # noqa: BLE001 - as in logging's own handlers: no record may end a program
+            self.handleError(record)
+
+
+def configure_logging(spec: LogSpec, target: TextIO | Callable[[str], object]) -> None:
+    """Write the package's log records to a stream, or give them to a function, line by line.
+
+    Calling it again replaces what it did before.
+    """
     ours = logging.getLogger("runtime")
     for handler in [h for h in ours.handlers if isinstance(h, _OurHandler)]:
         ours.removeHandler(handler)
-    handler = _OurHandler(stream)
-    handler.setFormatter(LineFormatter(colours=stream.isatty()))
+    handler = _OurHandler(target if callable(target) else partial(_write, target))
+    handler.setFormatter(LineFormatter(colours=not callable(target) and target.isatty()))
     ours.addHandler(handler)
     ours.propagate = False
     # A level of an earlier call must not outlive it.
@@ -54,3 +69,8 @@ def configure_logging(spec: LogSpec, stream: TextIO) -> None:
     ours.setLevel(spec.level)
     for name, level in spec.modules:
         logging.getLogger(name).setLevel(level)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(text)
+    stream.flush()

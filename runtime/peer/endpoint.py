@@ -58,6 +58,8 @@ class EndpointStatistics(NamedTuple):
     """Calls of others that failed here."""
     rejected: dict[str, int]
     """Links ended for what they sent, by reason."""
+    unsent_bytes: int
+    """What was sent and has not left yet. Nothing limits it: whoever casts much looks here."""
 
 
 class Endpoint(Service):
@@ -233,10 +235,6 @@ class Endpoint(Service):
                 pickle=method.pickle,
             )
 
-    def current_call(self) -> CallContext:
-        """See the function `current_call`."""
-        return current_call()
-
     def exported(self) -> list[str]:
         """The names of what is exposed, sorted."""
         return self._exports.names()
@@ -316,6 +314,9 @@ class Endpoint(Service):
             errors_out=caller.errors,
             errors_in=handlers.errors,
             rejected=dict(self._rejected),
+            unsent_bytes=sum(
+                link.queued_bytes() for link in (*self._links.values(), *self._inbound)
+            ),
         )
 
 

@@ -7,9 +7,10 @@ sent is refused before anything is; the calls themselves are made on the peer lo
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 from runtime.errors import (
     CallGroupError,
@@ -30,13 +31,6 @@ from runtime.wire.codec import Encoded, encode_arguments
 Method = str | Callable[..., Any]
 
 
-class CallOptions(NamedTuple):
-    """How calls are made. `timeout` in seconds, None for no limit; `return_exceptions` for groups."""
-
-    timeout: float | None = None
-    return_exceptions: bool = False
-
-
 def checked_timeout(timeout: float | None) -> float | None:
     """`timeout` if it is one; else `MisuseError`."""
     if timeout is None or (
@@ -49,12 +43,10 @@ def checked_timeout(timeout: float | None) -> float | None:
 class RoleActor:
     """One member of a role: `name` ("actor-3"), `role`, `rank`, and `info` with all the plan says."""
 
-    def __init__(
-        self, info: ActorInfo, endpoint: Endpoint, options: CallOptions | None = None
-    ) -> None:
+    def __init__(self, info: ActorInfo, endpoint: Endpoint, timeout: float | None = None) -> None:
         self.info = info
         self._endpoint = endpoint
-        self._options = options or CallOptions()
+        self._timeout = timeout
 
     @property
     def name(self) -> str:
@@ -70,7 +62,7 @@ class RoleActor:
 
     def options(self, *, timeout: float | None = None) -> RoleActor:
         """The same member, called with a deadline of `timeout` seconds."""
-        return RoleActor(self.info, self._endpoint, CallOptions(checked_timeout(timeout)))
+        return RoleActor(self.info, self._endpoint, checked_timeout(timeout))
 
     def call(self, method: Method, /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Call `method` (a name or a function). A member that is still starting is waited for.
@@ -82,16 +74,8 @@ class RoleActor:
         name = rpc_name(method)
         encoded = encode_arguments(args, kwargs)
         calls: list[Outgoing] = []
-        future: Future[Any] = Future(
-            self._endpoint.mailbox,
-            calls,
-            lambda: _describe(self._endpoint, name, self.name, calls),
-            self.abandon,
-        )
-        _on_loop(
-            self._endpoint,
-            lambda: self.start_call(name, encoded, calls, _One(future)),
-        )
+        future = _future(self._endpoint, name, self.name, calls)
+        _on_loop(self._endpoint, lambda: self.start_call(name, encoded, calls, _One(future)))
         return future
 
     def start_call(
@@ -99,8 +83,8 @@ class RoleActor:
     ) -> None:
         """On the loop: make the call, and note it in `calls`. For this module."""
         try:
-            caller, timeout = self._endpoint.caller, self._options.timeout
-            calls.append(caller.call(self.name, name, encoded, waiter, timeout))
+            caller = self._endpoint.caller
+            calls.append(caller.call(self.name, name, encoded, waiter, self._timeout))
         except RuntimeFault as error:
             waiter.failed(None, error)
 
@@ -113,11 +97,6 @@ class RoleActor:
         """The seconds that a call there and back takes; waits while the member starts."""
         begun = time.monotonic()
         return self.call(PING).then(lambda _: time.monotonic() - begun)
-
-    def abandon(self, calls: Iterable[Outgoing]) -> None:
-        """Give up calls, on the loop."""
-        for call in calls:
-            self._endpoint.caller.abandon(call)
 
     def __repr__(self) -> str:
         return f"RoleActor({self.name!r})"
@@ -140,32 +119,24 @@ class RoleGroup(Sequence[RoleActor]):
         if not wanted:
             raise MisuseError("RoleGroup() needs the name of a role, or roles=[...]")
         here = context.current()
-        actors = [
+        self.name = name or "+".join(wanted)
+        self._endpoint = here.endpoint
+        self._actors = [
             RoleActor(info, here.endpoint)
             for role in wanted
             for info in _members(here.directory, role, optional)
         ]
-        self._fill(name or "+".join(wanted), here.endpoint, actors, CallOptions())
-
-    def _fill(
-        self, name: str, endpoint: Endpoint, actors: list[RoleActor], options: CallOptions
-    ) -> None:
-        self.name = name
-        self._endpoint = endpoint
-        self._actors = actors
-        self._options = options
-
-    def _like(self, actors: list[RoleActor], options: CallOptions) -> RoleGroup:
-        group = RoleGroup.__new__(RoleGroup)
-        group._fill(self.name, self._endpoint, actors, options)
-        return group
+        self._return_exceptions = False
 
     def options(
         self, *, timeout: float | None = None, return_exceptions: bool = False
     ) -> RoleGroup:
         """The same members, called with a deadline of `timeout` seconds each; `return_exceptions`:
         failures stand in the list of results instead of being raised together."""
-        return self._like(self._actors, CallOptions(checked_timeout(timeout), return_exceptions))
+        group = copy.copy(self)
+        group._actors = [actor.options(timeout=timeout) for actor in self._actors]
+        group._return_exceptions = return_exceptions
+        return group
 
     # -- as a sequence ------------------------------------------------------------------------
 
@@ -180,15 +151,16 @@ class RoleGroup(Sequence[RoleActor]):
 
     def __getitem__(self, index: int | slice) -> RoleActor | RoleGroup:
         if isinstance(index, slice):
-            return self._like(self._actors[index], self._options)
+            group = copy.copy(self)
+            group._actors = self._actors[index]
+            return group
         try:
-            actor = self._actors[index]
+            return self._actors[index]
         except IndexError:
             raise IndexError(f"{self!r} has no member {index}") from None
-        return RoleActor(actor.info, self._endpoint, self._options)
 
     def __iter__(self) -> Iterator[RoleActor]:
-        return (self[index] for index in range(len(self._actors)))
+        return iter(self._actors)
 
     def __repr__(self) -> str:
         return f"RoleGroup({self.name!r}, {len(self)} members)"
@@ -204,13 +176,8 @@ class RoleGroup(Sequence[RoleActor]):
         name = rpc_name(method)
         encoded = encode_arguments(args, kwargs)
         calls: list[Outgoing] = []
-        future: Future[list[Any]] = Future(
-            self._endpoint.mailbox,
-            calls,
-            lambda: _describe(self._endpoint, name, f"role {self.name}", calls),
-            self._abandon,
-        )
-        gather = _All(future, self._actors, name, self._options.return_exceptions)
+        future = _future(self._endpoint, name, f"role {self.name}", calls)
+        gather = _All(future, self._actors, name, self._return_exceptions)
         _on_loop(self._endpoint, lambda: self._start_all(gather, name, encoded, calls))
         return future
 
@@ -255,12 +222,8 @@ class RoleGroup(Sequence[RoleActor]):
     def _start_all(self, gather: _All, name: str, encoded: Encoded, calls: list[Outgoing]) -> None:
         if not self._actors:
             gather.finish()
-        for index, actor in enumerate(self):
+        for index, actor in enumerate(self._actors):
             actor.start_call(name, encoded, calls, _Member(gather, index))
-
-    def _abandon(self, calls: Iterable[Outgoing]) -> None:
-        for call in calls:
-            self._endpoint.caller.abandon(call)
 
 
 # who waits for the answers, on the loop
@@ -364,15 +327,24 @@ def _members(directory: context.Directory, role: str, optional: bool) -> list[Ac
     return list(found or ())
 
 
-def _describe(endpoint: Endpoint, method: str, target: str, calls: Sequence[Outgoing]) -> str:
+def _future(endpoint: Endpoint, method: str, target: str, calls: list[Outgoing]) -> Future[Any]:
+    """The result of `calls`, which are still to be made."""
     caller = endpoint.caller
-    open_calls = [call for call in list(calls) if call in caller.table]
-    text = f"the result of {method}() of {target}"
-    if not open_calls:
-        return text
-    waits = "; ".join(f"{call.target}: {caller.why(call)}" for call in open_calls[:4])
-    more = f"; and {len(open_calls) - 4} more" if len(open_calls) > 4 else ""
-    return f"{text}: no answer yet from {waits}{more}"
+
+    def describe() -> str:
+        open_calls = [call for call in list(calls) if call in caller.table]
+        text = f"the result of {method}() of {target}"
+        if not open_calls:
+            return text
+        waits = "; ".join(f"{call.target}: {caller.why(call)}" for call in open_calls[:4])
+        more = f"; and {len(open_calls) - 4} more" if len(open_calls) > 4 else ""
+        return f"{text}: no answer yet from {waits}{more}"
+
+    def abandon(given_up: Iterable[Outgoing]) -> None:
+        for call in given_up:
+            caller.abandon(call)
+
+    return Future(endpoint.mailbox, calls, describe, abandon)
 
 
 def _headline(error: Exception) -> str:

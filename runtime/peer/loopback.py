@@ -23,8 +23,8 @@ class Loopback:
         loop: asyncio.AbstractEventLoop,
         received: Callable[[Link, Record], None],
     ) -> None:
-        self._peer = peer
-        self._outbound = outbound
+        self.peer = peer
+        self.outbound = outbound
         self._loop = loop
         self._received = received
         self._queue: deque[Record] = deque()
@@ -42,14 +42,6 @@ class Loopback:
         out._other, into._other = into, out
         return out, into
 
-    @property
-    def peer(self) -> str:
-        return self._peer
-
-    @property
-    def outbound(self) -> bool:
-        return self._outbound
-
     def send(self, record: Record) -> None:
         if not self._queue:
             self._loop.call_soon(self._deliver)
@@ -58,10 +50,6 @@ class Loopback:
 
     def queued_bytes(self) -> int:
         return sum(len(buffer) for record in self._queue for buffer in record.buffers)
-
-    async def drain(self) -> None:
-        """What is queued here leaves with the next pass of the loop."""
-        await asyncio.sleep(0)
 
     def close(self) -> None:
         self._queue.clear()

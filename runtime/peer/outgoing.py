@@ -117,9 +117,7 @@ class Caller:
     ) -> Outgoing:
         """Send a call, or keep it until its callee is found. Raises `MisuseError` and `Closed`."""
         now = self._loop.time()
-        name = target if type(target) is str else _actor_name(target)
-        self._check(target)
-        call = self.table.open(name, method, waiter, now)
+        call = self.table.open(self._checked_name(target), method, waiter, now)
         call.parcel = parcel
         if timeout is not None:
             call.timeout, call.deadline = timeout, now + timeout
@@ -133,9 +131,7 @@ class Caller:
 
     def cast(self, target: Target, method: str, parcel: Encoded) -> None:
         """Send a one-way call. Raises `MisuseError` and `Closed`."""
-        name = target if type(target) is str else _actor_name(target)
-        self._check(target)
-        call = Outgoing(0, name, method, _ONE_WAY, self._loop.time())
+        call = Outgoing(0, self._checked_name(target), method, _ONE_WAY, self._loop.time())
         call.parcel = parcel
         self._dispatch(target, call)
 
@@ -163,14 +159,17 @@ class Caller:
             f"it was made {for_s:.1f} s ago; {call.target} runs it, or has it queued behind others"
         )
 
-    def _check(self, target: Target) -> None:
+    def _checked_name(self, target: Target) -> str:
         if self._closed:
             raise Closed("this process has closed its endpoint")
-        if type(target) is str and self._directory is None:
+        if isinstance(target, PeerAddress):
+            return target.peer.rpartition(".")[0] or target.peer
+        if self._directory is None:
             raise MisuseError(
                 f"{target!r} is a name, and this endpoint has no directory to look it up in; "
                 "call a PeerAddress"
             )
+        return target
 
     def _dispatch(self, target: Target, call: Outgoing) -> None:
         self.sent += 1
@@ -195,7 +194,7 @@ class Caller:
             return
         call.link, call.address = link, address
         left = None if call.deadline is None else max(0.0, call.deadline - self._loop.time())
-        link.send(messages.encode_call(messages.Call(call.id, call.method, body, buffers, 0, left)))
+        link.send(messages.encode_call(messages.Call(call.id, call.method, body, buffers, left)))
 
     def _call_off(self, call: Outgoing) -> None:
         if call.link is not None:
@@ -256,11 +255,9 @@ class Caller:
 
     def result(self, link: Link, message: messages.Result) -> None:
         """An answer came in."""
-        call = self.table.answer(link, message.id)
+        call = self._answered(link, message.id)
         if call is None:
             return
-        if call.deadline is not None:
-            self._timers.forget(call)
         try:
             value = codec.decode(message.body, message.buffers)
         except WireError as error:
@@ -273,11 +270,9 @@ class Caller:
 
     def error(self, link: Link, message: messages.Error) -> None:
         """The answer is that the call failed."""
-        call = self.table.answer(link, message.id)
+        call = self._answered(link, message.id)
         if call is None:
             return
-        if call.deadline is not None:
-            self._timers.forget(call)
         self.errors += 1
         address: PeerAddress | None = call.address
         try:
@@ -291,6 +286,12 @@ class Caller:
         except WireError as unreadable:
             error = RuntimeFault(f"{call!r} failed with an error unreadable here: {unreadable}")
         call.settle().failed(call, error)
+
+    def _answered(self, link: Link, id: int) -> Outgoing | None:
+        call = self.table.answer(link, id)
+        if call is not None and call.deadline is not None:
+            self._timers.forget(call)
+        return call
 
     def goodbye(self, link: Link, message: messages.Goodbye) -> None:
         """The callee leaves and answers no more."""
@@ -371,11 +372,6 @@ class Caller:
 def _keep_newest(peers: dict[str, Any]) -> None:
     if len(peers) > _DEAD_KEPT:
         del peers[next(iter(peers))]
-
-
-def _actor_name(target: Target) -> str:
-    peer = target[0]
-    return peer.rpartition(".")[0] or peer
 
 
 def _lost(call: Outgoing, cause: str) -> PeerLostError:

@@ -2,7 +2,7 @@
 
 A *record* is one message of the protocol: a header (encoded by `wire.messages`) and raw buffers
 beside it. A *link* is one connection, made by one side (`outbound` there) and met by the other; it
-keeps the order of its records. Records sent within one pass of the event loop travel together.
+keeps the order of its records. Many that are sent within one pass of the event loop travel together.
 What records mean is decided by `peer/`; this package moves them, and says when a link is lost.
 """
 
@@ -36,10 +36,6 @@ class Link(Protocol):
         """Bytes that were sent here and have not left yet."""
         ...
 
-    async def drain(self) -> None:
-        """Return once the queue is short again (or the link is lost). Senders of much call it."""
-        ...
-
     def close(self) -> None:
         """Flush what is queued (bounded by the transport's linger) and end the link."""
         ...
@@ -62,13 +58,13 @@ class TransportStatistics(NamedTuple):
     """Counts since the start. `rejected`: connections ended for what they sent, by reason."""
 
     links: int
-    records_in: int
-    records_out: int
-    messages_in: int
-    messages_out: int
-    bytes_in: int
-    bytes_out: int
     rejected: dict[str, int]
+    records_in: int = 0
+    records_out: int = 0
+    messages_in: int = 0
+    messages_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
 
 
 class Transport(Protocol):

@@ -25,7 +25,7 @@ class SocketSettings:
     linger_s: float = 1.0
     """How long a link that is closed goes on flushing."""
     high_water: int = 8 * 1024 * 1024
-    """`drain` waits while more is queued. Large buffers count until ZeroMQ has let go of them."""
+    """So much of a link's large buffers may lie in ZeroMQ; what follows waits here until it is less."""
     batch_bytes: int = 64 * 1024
     """So much is sent at once, without waiting for the end of the loop pass."""
     apart_bytes: int = 64 * 1024
@@ -51,6 +51,8 @@ class SocketLink:
 
     def __init__(self, router: Router, peer: str, route: bytes, endpoint: str | None) -> None:
         settings = router.settings
+        self.peer = peer
+        self.outbound = endpoint is not None
         self.route = route
         self.endpoint = endpoint
         self.up = endpoint is None
@@ -69,17 +71,7 @@ class SocketLink:
         """Bytes of large buffers that ZeroMQ still holds."""
         self.trackers: deque[tuple[Tracker, int]] = deque()
         self._router = router
-        self._peer = peer
         self._early = settings.batch_bytes
-        self._room: asyncio.Event | None = None
-
-    @property
-    def peer(self) -> str:
-        return self._peer
-
-    @property
-    def outbound(self) -> bool:
-        return self.endpoint is not None
 
     def send(self, record: Record) -> None:
         header, buffers = record
@@ -87,7 +79,7 @@ class SocketLink:
             try:
                 size = frames.check_record(record, self._router.settings.limits)
             except WireError as error:
-                raise MisuseError(f"too large to be sent to {self._peer}: {error}") from None
+                raise MisuseError(f"too large to be sent to {self.peer}: {error}") from None
         else:
             size = len(header)
         if self.closing or self.ended:
@@ -98,19 +90,11 @@ class SocketLink:
             self._router.flush(self)
             self._router.look_soon()
         elif not self.dirty:
-            self.dirty = True
             self._router.flush_soon(self)
 
     def queued_bytes(self) -> int:
         self.reap()
         return self.outbox.queued + self.unsent
-
-    async def drain(self) -> None:
-        while not self.ended and self.queued_bytes() > self._router.settings.high_water:
-            if self._room is None:
-                self._room = asyncio.Event()
-            self._room.clear()
-            await self._room.wait()
 
     def close(self) -> None:
         if not self.closing and not self.ended:
@@ -122,11 +106,6 @@ class SocketLink:
         while self.trackers and self.trackers[0][0].done:
             self.unsent -= self.trackers.popleft()[1]
 
-    def tell_room(self) -> None:
-        """Wake those in `drain`: they look for themselves."""
-        if self._room is not None:
-            self._room.set()
-
     def clear(self) -> None:
         """The link has ended."""
         self.up, self.ended = False, True
@@ -134,7 +113,6 @@ class SocketLink:
         self.trackers.clear()
         self.unsent = 0
         self.stop_timer()
-        self.tell_room()
 
     def stop_timer(self) -> None:
         if self.timer is not None:

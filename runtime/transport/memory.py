@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -24,13 +24,12 @@ from runtime.wire.frames import check_record
 @dataclass(frozen=True, slots=True)
 class NetworkSettings:
     """`delay_s`: least and most time of a record's way. `loss`: chance that a record's loss ends its link.
-    `connect_s`: how long a dial waits for a peer that does not listen yet. `high_water`: bytes on their way from
-    which on `drain` waits. `notice_s`: how long until a parted or killed peer is noticed."""
+    `connect_s`: how long a dial waits for a peer that does not listen yet. `notice_s`: how long until a
+    parted or killed peer is noticed."""
 
     delay_s: tuple[float, float] = (0.0, 0.0)
     loss: float = 0.0
     connect_s: float = 5.0
-    high_water: int = 8 * 1024 * 1024
     notice_s: float = 0.001
 
 
@@ -100,31 +99,22 @@ class MemoryTransport:
         self.links: list[MemoryLink] = []
         self.receiver: Receiver | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
-        self._peer = peer
-        self._address = address
+        self.peer = peer
+        self.address = address
         self._closed = False
-        self._counts = dict.fromkeys(("links", "in", "out", "messages_in", "messages_out"), 0)
-        self._bytes = {"in": 0, "out": 0}
-
-    @property
-    def peer(self) -> str:
-        return self._peer
-
-    @property
-    def address(self) -> str:
-        return self._address
+        self._counts: Counter[str] = Counter()
 
     async def start(self, receiver: Receiver) -> None:
         if self.receiver is not None or self._closed:
-            raise MisuseError(f"the transport of {self._peer} was started before")
+            raise MisuseError(f"the transport of {self.peer} was started before")
         self.network.listen(self)
         self.receiver, self.loop = receiver, asyncio.get_running_loop()
 
     def connect(self, peer: str, address: str) -> MemoryLink:
         if self._closed:
-            raise Closed(f"the transport of {self._peer} is closed")
+            raise Closed(f"the transport of {self.peer} is closed")
         if self.loop is None:
-            raise MisuseError(f"the transport of {self._peer} is not started")
+            raise MisuseError(f"the transport of {self.peer} is not started")
         for link in self.links:
             if link.outbound and link.peer == peer and not link.ending:
                 return link
@@ -160,22 +150,10 @@ class MemoryTransport:
                 )
 
     def statistics(self) -> TransportStatistics:
-        counts = self._counts
-        return TransportStatistics(
-            links=len(self.links),
-            records_in=counts["in"],
-            records_out=counts["out"],
-            messages_in=counts["messages_in"],
-            messages_out=counts["messages_out"],
-            bytes_in=self._bytes["in"],
-            bytes_out=self._bytes["out"],
-            rejected={},
-        )
+        return TransportStatistics(len(self.links), {}, **self._counts)
 
     def count(self, way: str, records: int, size: int) -> None:
-        self._counts[way] += records
-        self._counts[f"messages_{way}"] += 1
-        self._bytes[way] += size
+        self._counts.update({f"records_{way}": records, f"messages_{way}": 1, f"bytes_{way}": size})
 
 
 class MemoryLink:
@@ -186,24 +164,14 @@ class MemoryLink:
         self.ended = asyncio.Event()
         self.twin: MemoryLink | None = None
         self._transport = transport
-        self._peer = peer
-        self._outbound = outbound
-        self._waiting: list[
-            tuple[Record, int]
-        ] = []  # sent in this loop pass, or before the link is up
+        self.peer = peer
+        self.outbound = outbound
+        # Sent in this pass of the loop, or before the link is up.
+        self._waiting: list[tuple[Record, int]] = []
         self._flush: asyncio.Handle | None = None
         self._flying: deque[tuple[float, list[tuple[Record, int]]]] = deque()
         self._queued = 0
         self._last_arrival = 0.0
-        self._room = asyncio.Event()
-
-    @property
-    def peer(self) -> str:
-        return self._peer
-
-    @property
-    def outbound(self) -> bool:
-        return self._outbound
 
     def send(self, record: Record) -> None:
         try:
@@ -223,13 +191,6 @@ class MemoryLink:
     def queued_bytes(self) -> int:
         return self._queued
 
-    async def drain(self) -> None:
-        while (
-            self._queued > self._transport.network.settings.high_water and not self.ended.is_set()
-        ):
-            self._room.clear()
-            await self._room.wait()
-
     def close(self) -> None:
         if self.ending:
             return
@@ -246,19 +207,16 @@ class MemoryLink:
 
     def dial(self, address: str, deadline: float) -> None:
         """Look for the peer now and, while nobody listens there, again and again until `deadline`."""
-        self._dial_once(address, deadline)
-
-    def _dial_once(self, address: str, deadline: float) -> None:
         if self.ended.is_set():
             return
         found = self._transport.network.reachable(self._transport.peer, address)
         if found is None:
             if self._loop.time() >= deadline:
-                self._lost(f"connection refused: nobody listens at {address}")
+                self.cut_here(f"connection refused: nobody listens at {address}")
             else:
-                self._loop.call_later(0.02, self._dial_once, address, deadline)
-        elif found.peer != self._peer:
-            self._loop.call_soon(self._lost, f"wrong peer: {address} is {found.peer}")
+                self._loop.call_later(0.02, self.dial, address, deadline)
+        elif found.peer != self.peer:
+            self._loop.call_soon(self.cut_here, f"wrong peer: {address} is {found.peer}")
         else:
             twin = MemoryLink(found, self._transport.peer, outbound=False)
             self.twin, twin.twin = twin, self
@@ -288,7 +246,6 @@ class MemoryLink:
         _, records = self._flying.popleft()
         size = sum(size for _, size in records)
         self._queued -= size
-        self._room.set()
         twin = self.twin
         if twin is not None and not twin.ended.is_set():
             twin._transport.count("in", len(records), size)
@@ -327,21 +284,6 @@ class MemoryLink:
 
     def cut_here(self, reason: str) -> None:
         """This end notices that the link is gone."""
-        self._lost(reason)
-
-    def vanish(self) -> MemoryLink | None:
-        """End this end in silence; gives the other end."""
-        other, self.ending = self.twin, True
-        self.ended.set()
-        self._room.set()
-        self._waiting.clear()
-        self._flying.clear()
-        self._queued = 0
-        if self in self._transport.links:
-            self._transport.links.remove(self)
-        return other
-
-    def _lost(self, reason: str) -> None:
         if self.ended.is_set():
             return
         silent = self.ending
@@ -349,3 +291,14 @@ class MemoryLink:
         receiver = self._transport.receiver
         if receiver is not None and not silent:
             receiver.link_lost(self, reason)
+
+    def vanish(self) -> MemoryLink | None:
+        """End this end in silence; gives the other end."""
+        other, self.ending = self.twin, True
+        self.ended.set()
+        self._waiting.clear()
+        self._flying.clear()
+        self._queued = 0
+        if self in self._transport.links:
+            self._transport.links.remove(self)
+        return other

@@ -13,7 +13,8 @@ after them, but what the dead peer had sent may still lie in the socket: a link 
 
 The engine. A socket's FD is edge-triggered: it fires when libzmq has news, which every call into it may swallow.
 So after each send and each receive we ask for what is there, and go on until there is nothing. At most `turn_messages`
-a turn, then the loop gets its turn. Records sent in one pass of the loop leave as one message per link. A link whose
+a turn, then the loop gets its turn. The first record of a pass of the loop leaves at once (a lone call must not wait
+for the loop), those after it leave as one message per link, and so do those sent while we receive. A link whose
 peer does not keep up gets EAGAIN, keeps its records and tries again when the socket has news.
 """
 
@@ -116,7 +117,8 @@ class Router:
             while step > 0 and self._receive():
                 step -= 1
                 left -= 1
-            self._flush_dirty()
+            if self._dirty:
+                self._flush_dirty()
             if not self.socket.readable() and not self._retry_blocked():
                 self._pumping = False
                 if self._leaving:
@@ -182,11 +184,11 @@ class Router:
     # sending
 
     def flush_soon(self, link: SocketLink) -> None:
-        """The first record of a pass leaves at once (a lone call must not wait for the loop), those that
-        follow it leave together at the end of the pass."""
-        self._dirty.append(link)
-        if self.look_soon():
-            self._flush_dirty()
+        if self.look_soon() and not link.blocked:
+            self.flush(link)
+        else:
+            link.dirty = True
+            self._dirty.append(link)
 
     def look_soon(self) -> bool:
         """Flush at the end of this pass, and see what came: any call into the socket may have swallowed the
@@ -227,7 +229,9 @@ class Router:
             counts["messages_out"] += 1
             counts["records_out"] += len(records)
             counts["bytes_out"] += size
-        self._unblock(link)
+        if link.blocked:
+            link.blocked = False
+            self._blocked.discard(link)
         if link.closing and link.up:
             self.finish_closing(link)
 
@@ -245,13 +249,10 @@ class Router:
             self._blocked.add(link)
             self._nudge()
 
-    def _unblock(self, link: SocketLink) -> None:
-        link.blocked = False
-        self._blocked.discard(link)
-        link.tell_room()
-
     def _retry_blocked(self) -> bool:
         """True when some of them could send again (and the socket is to be asked again)."""
+        if not self._blocked:
+            return False
         before = len(self._blocked)
         for link in list(self._blocked):
             self.flush(link)
@@ -268,7 +269,6 @@ class Router:
         for link in self.links.values():
             if link is not None and link.trackers:
                 link.reap()
-                link.tell_room()
                 waiting = waiting or bool(link.trackers)
         self.pump()
         if waiting or self._blocked:

@@ -176,32 +176,24 @@ class SocketTransport:
         if self._bound.scheme not in ("ipc", "tcp"):
             raise ConfigError(f"sockets have ipc:// and tcp:// addresses, not {address!r}")
         self._settings = settings or SocketSettings()
-        self._peer = peer
-        self._address = address
+        self.peer = peer
+        self.address = address
         self._context: zmq.Context[Any] | None = None
         self._hub: Hub | None = None
         self._listener: Listener | None = None
         self._dialler: Dialler | None = None
         self._closed = False
 
-    @property
-    def peer(self) -> str:
-        return self._peer
-
-    @property
-    def address(self) -> str:
-        return self._address
-
     async def start(self, receiver: Receiver) -> None:
         if self._closed or self._hub is not None:
-            raise MisuseError(f"the transport of {self._peer} was started before")
-        hub = self._hub = Hub(self._peer, self._settings, receiver)
+            raise MisuseError(f"the transport of {self.peer} was started before")
+        hub = self._hub = Hub(self.peer, self._settings, receiver)
         context = self._context = zmq.Context(io_threads=1)
         bound = RouterSocket(context, self._settings)
         self._listener = Listener(hub, bound)
         self._dialler = Dialler(hub, RouterSocket(context, self._settings))
         try:
-            self._address = await asyncio.to_thread(bound.bind, self._bound)  # touches the disk
+            self.address = await asyncio.to_thread(bound.bind, self._bound)  # touches the disk
         except BaseException:
             self._closed = True
             await self._end(0.0, unlink=False)
@@ -211,9 +203,9 @@ class SocketTransport:
 
     def connect(self, peer: str, address: str) -> SocketLink:
         if self._closed:
-            raise Closed(f"the transport of {self._peer} is closed")
+            raise Closed(f"the transport of {self.peer} is closed")
         if self._dialler is None:
-            raise MisuseError(f"the transport of {self._peer} is not started")
+            raise MisuseError(f"the transport of {self.peer} is not started")
         return self._dialler.link_to(peer) or self._dialler.dial(peer, str(parse(address)))
 
     async def close(self, linger: float = 1.0) -> None:
@@ -250,17 +242,10 @@ class SocketTransport:
         return [router for router in (self._listener, self._dialler) if router is not None]
 
     def statistics(self) -> TransportStatistics:
-        counts = self._hub.counts if self._hub else {}
-        return TransportStatistics(
-            links=sum(len(router.living()) for router in self._routers()),
-            records_in=counts.get("records_in", 0),
-            records_out=counts.get("records_out", 0),
-            messages_in=counts.get("messages_in", 0),
-            messages_out=counts.get("messages_out", 0),
-            bytes_in=counts.get("bytes_in", 0),
-            bytes_out=counts.get("bytes_out", 0),
-            rejected=dict(self._hub.rejected) if self._hub else {},
-        )
+        if self._hub is None:
+            return TransportStatistics(0, {})
+        links = sum(len(router.living()) for router in self._routers())
+        return TransportStatistics(links, dict(self._hub.rejected), **self._hub.counts)
 
 
 def _terminate(context: zmq.Context[Any], path: str | None) -> None:

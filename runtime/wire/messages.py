@@ -18,9 +18,9 @@ from runtime.wire.frames import Buffer, Record
 
 INLINE_BODY = 32 * 1024
 MAX_NAME = 512
-"""Characters of a method name, of a chain or path element."""
-MAX_CHAIN = 256
-"""Elements of a chain or a path."""
+"""Characters of a method name, of a path element."""
+MAX_PATH = 256
+"""Elements of a path."""
 MAX_REASON = 4096
 """Characters; longer reasons are cut."""
 
@@ -32,19 +32,14 @@ _CALL, _CAST, _RESULT, _ERROR, _CANCEL, _PROBE, _GOODBYE = range(1, 8)
 class Call(NamedTuple):
     """Do `method` and answer with the same `id`.
 
-    `flags`: 0..255, given by `peer`. `deadline_s`: how long the caller will still wait, None for ever.
-    `dedup`: number of the attempt's call within the caller's life, 0 for none. `chain`: who called whom
-    up to here, for finding cycles.
+    `deadline_s`: how long the caller will still wait, None for ever.
     """
 
     id: int
     method: str
     body: Buffer
     buffers: Sequence[Buffer] = ()
-    flags: int = 0
     deadline_s: float | None = None
-    dedup: int = 0
-    chain: tuple[str, ...] = ()
 
 
 class Cast(NamedTuple):
@@ -53,8 +48,6 @@ class Cast(NamedTuple):
     method: str
     body: Buffer
     buffers: Sequence[Buffer] = ()
-    flags: int = 0
-    dedup: int = 0
 
 
 class Result(NamedTuple):
@@ -101,22 +94,16 @@ _pack = msgpack.Packer().pack  # runs no code of ours or of users while it packs
 
 
 def encode_call(call: Call) -> Record:
-    """Raises `MisuseError` for a method name or a chain that no peer would accept."""
-    id, method, body, buffers, flags, deadline_s, dedup, chain = call
+    """Raises `MisuseError` for a method name that no peer would accept."""
+    id, method, body, buffers, deadline_s = call
     _check_name(method)
-    if len(chain) > MAX_CHAIN:
-        raise MisuseError(
-            f"a chain of {len(chain)} nested calls, at most {MAX_CHAIN}: {chain[:4]}…"
-        )
-    fields = (_CALL, id, method, flags, deadline_s, dedup, chain or None)
-    return _record(fields, body, buffers)
+    return _record((_CALL, id, method, deadline_s), body, buffers)
 
 
 def encode_cast(cast: Cast) -> Record:
     """Raises `MisuseError` for a method name that no peer would accept."""
-    method, body, buffers, flags, dedup = cast
-    _check_name(method)
-    return _record((_CAST, method, flags, dedup), body, buffers)
+    _check_name(cast.method)
+    return _record((_CAST, cast.method), cast.body, cast.buffers)
 
 
 def encode_result(id: int, body: Buffer, buffers: Sequence[Buffer] = ()) -> Record:
@@ -158,7 +145,7 @@ def decode(record: Record) -> Message:
     """What a record says. Raises `WireError`, and nothing else, for anything amiss."""
     header, buffers = record
     try:
-        fields = msgpack.unpackb(header, max_array_len=MAX_CHAIN, max_map_len=0, max_ext_len=0)
+        fields = msgpack.unpackb(header, max_array_len=MAX_PATH, max_map_len=0, max_ext_len=0)
     except (ValueError, TypeError) as error:
         raise WireError("malformed message", str(error)[:200]) from None
     if type(fields) is not list or not fields or type(fields[0]) is not int:
@@ -189,28 +176,21 @@ def _is_name(field: object) -> bool:
 
 
 def _names(field: object) -> tuple[str, ...] | None:
-    if field is None:
-        return ()
-    if type(field) is list and len(field) <= MAX_CHAIN and all(map(_is_name, field)):
+    if type(field) is list and len(field) <= MAX_PATH and all(map(_is_name, field)):
         return tuple(field)
     return None
 
 
 def _read_call(fields: list[Any], buffers: Sequence[Buffer]) -> Call | None:
-    if len(fields) != 8:
+    if len(fields) != 5:
         return None
-    _, id, method, flags, deadline_s, dedup, chain, field = fields
-    if not (_is_id(id) and _is_name(method) and _is_id(dedup)):
-        return None
-    if type(flags) is not int or not 0 <= flags < 256:
+    _, id, method, deadline_s, field = fields
+    if not (_is_id(id) and _is_name(method)):
         return None
     if deadline_s is not None and not _is_deadline(deadline_s):
         return None
-    names = () if chain is None else _names(chain)
-    body = (field, buffers) if type(field) is bytes else _body(field, buffers)
-    if names is None or body is None:
-        return None
-    return Call(id, method, body[0], body[1], flags, deadline_s, dedup, names)
+    body = _body(field, buffers)
+    return None if body is None else Call(id, method, *body, deadline_s)
 
 
 def _is_deadline(field: object) -> bool:
@@ -219,15 +199,10 @@ def _is_deadline(field: object) -> bool:
 
 
 def _read_cast(fields: list[Any], buffers: Sequence[Buffer]) -> Cast | None:
-    if len(fields) != 5:
+    if len(fields) != 3 or not _is_name(fields[1]):
         return None
-    _, method, flags, dedup, field = fields
-    body = _body(field, buffers)
-    if body is None or not (_is_name(method) and _is_id(dedup)):
-        return None
-    if type(flags) is not int or not 0 <= flags < 256:
-        return None
-    return Cast(method, body[0], body[1], flags, dedup)
+    body = _body(fields[2], buffers)
+    return None if body is None else Cast(fields[1], *body)
 
 
 def _read_result(fields: list[Any], buffers: Sequence[Buffer]) -> Result | None:
@@ -238,10 +213,8 @@ def _read_result(fields: list[Any], buffers: Sequence[Buffer]) -> Result | None:
 
 
 def _read_error(fields: list[Any], buffers: Sequence[Buffer]) -> Error | None:
-    if len(fields) != 3 or not _is_id(fields[1]):
-        return None
-    body = _body(fields[2], buffers)
-    return None if body is None else Error(fields[1], *body)
+    same = _read_result(fields, buffers)
+    return None if same is None else Error(*same)
 
 
 def _read_cancel(fields: list[Any], buffers: Sequence[Buffer]) -> Cancel | None:

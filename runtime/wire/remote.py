@@ -22,7 +22,7 @@ from typing import Any
 import runtime.errors
 from runtime.errors import MisuseError, RemoteError, RuntimeFault, WireError
 from runtime.wire.frames import Buffer
-from runtime.wire.values import Encoded, decode, encode
+from runtime.wire.values import Encoded, class_name, decode, encode
 
 MAX_TEXT = 32 * 1024
 """Characters of a message or a traceback; of longer ones the middle is left out."""
@@ -48,7 +48,7 @@ def encode_error(error: BaseException, *, own: bool = False, pickle: bool = True
     if isinstance(error, RemoteError):
         name, message = vars(error)["type_name"], vars(error)["message"]
     else:
-        name, message = _class_name(type(error)), _text(error)
+        name, message = class_name(type(error)), _text(error)
     head = [False, _short(name), _short(message), _short(_traceback(error))]
     origin = origin_class(error)
     if not pickle or origin is None:
@@ -125,14 +125,6 @@ def _text(error: BaseException) -> str:
         return str(error)
     except Exception as failure:  # noqa: BLE001 - a user's __str__ may raise anything
         return f"(its __str__ raised {type(failure).__name__})"
-
-
-def _class_name(kind: type) -> str:
-    return (
-        kind.__qualname__
-        if kind.__module__ == "builtins"
-        else f"{kind.__module__}.{kind.__qualname__}"
-    )
 
 
 def _short(text: str) -> str:

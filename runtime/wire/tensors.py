@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from runtime.errors import WireError
@@ -217,8 +217,3 @@ def _restore_scalar(descr: str, *, buffer: Buffer) -> Any:
     if dtype.kind not in _SCALAR_KINDS or dtype.itemsize != len(buffer):
         raise WireError("malformed tensor", f"{len(buffer)} bytes for a {descr}")
     return numpy.frombuffer(bytes(buffer), dtype)[0]
-
-
-def nbytes(parts: Sequence[Buffer]) -> int:
-    """Bytes of all `parts` together."""
-    return sum(p.nbytes if isinstance(p, memoryview) else len(p) for p in parts)

@@ -59,27 +59,14 @@ def encode(value: Any, *, pickle: bool = True, what: str = "the value") -> Encod
     Raises `MisuseError`, naming the type and its place in `what`, for what cannot be pickled, or would have
     to be although `pickle` is off.
     """
-    buffers: list[Buffer] = []
+    if type(value) is bytes and len(value) < APART_BYTES:
+        return Encoded(_pack(value), [])
     try:
-        return Encoded(_pack(_Encoder(buffers, share=not pickle).plain(value)), buffers)
-    except (OverflowError, UnicodeEncodeError):
-        # An int or str, seen by msgpack only, that it cannot carry: look at each one.
-        return _encode_carefully(value, pickle, what)
-    except _NotPlain as found:
-        if pickle:
-            return _encode_pickle(value, what)
-        raise _refusal(value, found.args[0], what) from None
-    except (_Shared, RecursionError, ValueError) as error:
-        if pickle:
-            return _encode_pickle(value, what)
-        raise MisuseError(f"{what} cannot be sent without pickle: nested too deeply") from error
-
-
-def _encode_carefully(value: Any, pickle: bool, what: str) -> Encoded:
-    buffers: list[Buffer] = []
-    try:
-        plain = _Encoder(buffers, share=not pickle, careful=True).plain(value)
-        return Encoded(_pack(plain), buffers)
+        try:
+            return _encode_plain(value, share=not pickle)
+        except (OverflowError, UnicodeEncodeError):
+            # An int or str, seen by msgpack only, that it cannot carry: look at each one.
+            return _encode_plain(value, share=not pickle, careful=True)
     except (_NotPlain, _Shared, RecursionError, ValueError) as error:
         if pickle:
             return _encode_pickle(value, what)
@@ -88,10 +75,15 @@ def _encode_carefully(value: Any, pickle: bool, what: str) -> Encoded:
         raise MisuseError(f"{what} cannot be sent without pickle: nested too deeply") from error
 
 
+def _encode_plain(value: Any, *, share: bool, careful: bool = False) -> Encoded:
+    buffers: list[Buffer] = []
+    return Encoded(_pack(_Encoder(buffers, share=share, careful=careful).plain(value)), buffers)
+
+
 class _Encoder:
     """Turns one value into what msgpack packs as it is."""
 
-    def __init__(self, buffers: list[Buffer], *, share: bool, careful: bool = False) -> None:
+    def __init__(self, buffers: list[Buffer], *, share: bool, careful: bool) -> None:
         self._buffers = buffers
         self._share = share
         self._seen: set[int] = set()
@@ -100,16 +92,16 @@ class _Encoder:
     def plain(self, value: Any) -> Any:
         """`value` itself where msgpack can carry it; containers are made anew only where they must be."""
         kind = type(value)
-        if kind in self._leaves:
+        leaves = self._leaves
+        if kind in leaves:
             return value
         if kind is list:
             self._see(value)
-            if self._leaves.issuperset(map(type, value)):
+            if leaves.issuperset(map(type, value)):
                 return value
-            return [self.plain(item) for item in value]
+            return [item if type(item) in leaves else self.plain(item) for item in value]
         if kind is dict:
             self._see(value)
-            leaves = self._leaves
             if leaves.issuperset(map(type, value)) and leaves.issuperset(map(type, value.values())):
                 return value
             return {self.plain(key): self.plain(item) for key, item in value.items()}
@@ -276,12 +268,12 @@ def _children(value: Any) -> list[tuple[str, Any]]:
 
 
 def _type_name(value: object) -> str:
-    kind = type(value)
-    return (
-        kind.__qualname__
-        if kind.__module__ == "builtins"
-        else f"{kind.__module__}.{kind.__qualname__}"
-    )
+    return class_name(type(value))
+
+
+def class_name(kind: type) -> str:
+    """As Python's tracebacks write it."""
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
 
 
 # decoding

@@ -282,11 +282,3 @@ def test_a_lost_agent_takes_its_workers_with_it() -> None:
 def test_an_unknown_actor_is_refused_by_name() -> None:
     with pytest.raises(MisuseError, match="'x-9'"):
         Rig(role("w", 1)).tell(op="exited", name="x-9", incarnation=0)
-
-
-def test_status_tells_what_each_actor_does() -> None:
-    rig = Rig(role("w", 2))
-    rig.exits("w-0", **WELL)
-    rig.tell(op="status")
-    assert rig.reply["stage"] == "running"
-    assert rig.reply["roles"]["w"]["actors"] == {"w-0": "done", "w-1": "running"}

@@ -172,16 +172,18 @@ class TransportContract:
         view[0] = 0
         assert mine[0] == ord("x")
 
-    async def test_drain_returns_once_the_queue_is_short(self, peers: Peers) -> None:
+    async def test_what_is_queued_counts_until_it_has_left(self, peers: Peers) -> None:
         a, _ = await peers.start("a.1")
         b, inbox = await peers.start("b.1")
         link = a.connect("b.1", b.address)
         piece = bytes(1024 * 1024)
-        for _ in range(40):
+        for number in range(1, 41):
             link.send(Record(b"p", [piece]))
-            await link.drain()
-            assert link.queued_bytes() <= 8 * 1024 * 1024
+            assert 0 < link.queued_bytes() <= number * (len(piece) + 1)
         await inbox.until_count(40)
+        async with asyncio.timeout(10):
+            while link.queued_bytes():  # noqa: ASYNC110 - nothing tells when ZeroMQ lets go
+                await asyncio.sleep(0.01)
 
     async def test_connect_gives_the_living_link(self, peers: Peers) -> None:
         a, inbox = await peers.start("a.1")
@@ -232,7 +234,6 @@ class TransportContract:
         assert "connection refused" in inbox.lost[0][1]
         assert never.address in inbox.lost[0][1]
         link.send(Record(b"y"))  # dropped in silence
-        await link.drain()
         assert link.queued_bytes() == 0
 
     async def test_another_process_at_the_address_is_a_lost_link(self, peers: Peers) -> None:

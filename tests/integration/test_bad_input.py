@@ -176,12 +176,27 @@ def test_an_entry_that_is_no_callable_is_refused_with_what_it_is(
     write: Write, launch: Launch
 ) -> None:
     write("program.py", "run = 7\n")
-    job = launch("--job", write("job.toml", GOOD_ROLE))
-    assert job.wait(20) in (1, 2)
-    assert "program:run" in job.err
-    assert "is 7, which cannot be called" in job.err
-    assert "Traceback" not in job.err
-    job.assert_nothing_left()
+    for options in (("--entry", "program:run"), ("--job", write("job.toml", GOOD_ROLE))):
+        refused(launch(*options), "program:run", "is 7, which cannot be called", "a class")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def run(first, second): pass", ("needs 2 arguments", "without arguments or with one")),
+        ("def run(*, first): pass", ("needs", "argument")),
+        (
+            "class run:\n    def __init__(self, size): pass\n    def run(self): pass",
+            ("constructor needs 1 argument",),
+        ),
+    ],
+    ids=["function", "keyword", "constructor"],
+)
+def test_an_entry_with_arguments_that_nobody_gives_is_refused(
+    write: Write, launch: Launch, body: str, words: tuple[str, ...]
+) -> None:
+    write("program.py", f"open('started', 'w')\n{body}\n")
+    refused(launch("--job", write("job.toml", GOOD_ROLE)), "worker", "program:run", *words)
 
 
 def test_an_entry_without_a_name_behind_the_colon_is_refused(launch: Launch) -> None:

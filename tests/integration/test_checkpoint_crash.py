@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.support.needs import need
+
 ROOT = Path(__file__).resolve().parents[2]
 
 COMMON = """
@@ -120,13 +122,11 @@ def _strace(*options: str) -> tuple[str, ...]:
 
 @pytest.fixture
 def strace() -> None:
-    if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
+    need(shutil.which("strace"), "strace")
     probe = subprocess.run(
         [*_strace("-e", "trace=none"), "true"], capture_output=True, text=True, check=False
     )
-    if probe.returncode:
-        pytest.skip(f"strace may not trace here: {probe.stderr.strip()}")
+    need(probe.returncode == 0, f"to be allowed to trace ({probe.stderr.strip()})")
 
 
 @pytest.mark.timeout(120)
@@ -178,8 +178,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         text=True,
         check=False,
     )
-    if mounted.returncode:
-        pytest.skip(f"mounting a small disk is not allowed here: {mounted.stderr.strip()}")
+    need(mounted.returncode == 0, f"to be allowed to mount a small disk ({mounted.stderr.strip()})")
     yield path
     subprocess.run(["umount", str(path)], check=True)
 
@@ -230,12 +229,10 @@ def test_a_file_size_limit_costs_the_save_and_nothing_else(tmp_path: Path) -> No
     assert "[3] ['checkpoint-3.ckpt', 'checkpoint-3.ckpt.sha256']" in done.stdout
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only directory")
-def test_a_directory_that_may_not_be_written_to_is_named(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    done = run_program(SAVE_TWO, tmp_path)
-    tmp_path.chmod(0o700)
-    assert f"{tmp_path}/checkpoint-2.ckpt: Permission denied" in done.stderr
+def test_a_disk_that_may_not_be_written_to_is_named(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    done = run_program(SAVE_TWO, small_disk)
+    assert f"{small_disk}/checkpoint-2.ckpt: Read-only file system" in done.stderr
 
 
 @pytest.mark.timeout(120)
@@ -300,8 +297,7 @@ def test_a_manager_made_before_a_fork_works_in_the_child(tmp_path: Path) -> None
 
 
 def test_sha256sum_agrees(tmp_path: Path) -> None:
-    if shutil.which("sha256sum") is None:
-        pytest.skip("sha256sum is not installed")
+    need(shutil.which("sha256sum"), "sha256sum")
     run_program("CheckpointManager(path).save_sync(content(1), 1)", tmp_path)
     done = subprocess.run(
         ["sha256sum", "-c", "checkpoint-1.ckpt.sha256"],

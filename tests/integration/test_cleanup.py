@@ -140,3 +140,33 @@ def test_the_agent_never_loads_torch_and_stays_below_45_mb(write: Write, launch:
     write("go", "")
     assert job.wait() == 0
     job.assert_nothing_left()
+
+
+SHARES = (
+    WRITE_PID
+    + """
+import multiprocessing, time
+from multiprocessing import shared_memory
+
+block = shared_memory.SharedMemory(create=True, size=1000)
+lock = multiprocessing.get_context("spawn").Lock()
+open(f"shares{rank}", "w").close()
+time.sleep(600)
+"""
+)
+"""Holds shared memory and a semaphore, both with names, as a DataLoader with spawned workers does."""
+
+
+@pytest.mark.parametrize(
+    ("victim", "code"), [("worker", 137), ("agent", 69), ("launcher", -signal.SIGKILL)]
+)
+def test_shared_memory_and_semaphores_do_not_outlive_a_kill(
+    write: Write, launch: Launch, victim: str, code: int
+) -> None:
+    job = launch(*TWO, write("train.py", SHARES))
+    job.wait_for_files("shares0", "shares1")
+    pids = {"worker": job.worker_pid(0), "agent": job.agent().pid, "launcher": job.pid}
+    os.kill(pids[victim], signal.SIGKILL)
+    assert job.wait() == code, job.describe()
+    assert "resource_tracker" not in job.err
+    job.assert_nothing_left()

@@ -255,13 +255,20 @@ def test_a_missing_module_or_attribute_is_told_before_anything_starts(
         job.assert_nothing_left()
 
 
-def test_an_entry_that_wants_two_arguments_is_told_what_it_may_take(
-    write: Write, launch: Launch
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("run = int('7')\n", ("program:run", "'int'", "expected a function or a class")),
+        ("def pick():\n    return lambda a, b: 0\nrun = pick()\n", ("program:run", "argument")),
+    ],
+    ids=["no callable", "two arguments"],
+)
+def test_an_entry_that_only_its_module_can_show_to_be_wrong_ends_the_job_with_1(
+    write: Write, launch: Launch, body: str, words: tuple[str, ...]
 ) -> None:
-    job = run_simple(write, launch, "def run(first, second):\n    pass\n")
-    assert job.wait() in (1, 2)
-    assert "run" in said(job)
-    assert "argument" in said(job)
+    job = run_simple(write, launch, body)
+    assert job.wait() == 1
+    assert_first_failure(job, role="worker", rank=0, words=words)
     assert_no_noise(job)
     job.assert_nothing_left()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -201,3 +202,80 @@ def test_a_worker_that_closes_its_output_early_is_no_failure(
     job = launch("--nproc-per-node", "1", script)
     assert job.wait() == 0, job.describe()
     assert time.monotonic() - job.started < 30
+
+
+def test_the_config_file_is_the_workers_too(write: Write, launch: Launch, tmp_path: Path) -> None:
+    write("settings.toml", "[checkpoint]\nkeep_last_n = 2\n")
+    script = write(
+        "w.py",
+        "from runtime.config import read_config; print(read_config().checkpoint.keep_last_n)",
+    )
+    job = launch("--config", tmp_path / "settings.toml", "--workdir", "/", script)
+    assert job.wait() == 0, job.describe()
+    assert said(job) == ["2"]
+
+
+def test_a_wrong_setting_starts_nothing(write: Write, launch: Launch) -> None:
+    config = write("settings.toml", "[coordinator]\nheartbeat = 2\n")
+    job = launch("--config", config, write("w.py", "print('ran')"))
+    assert job.wait() == 2
+    assert "[coordinator] heartbeat: unknown key" in job.err
+    assert not job.out
+
+
+RECORDS = """
+import logging, sys
+logging.getLogger("runtime.mine").info("told by %s", "runtime")
+logging.getLogger("theirs").warning("told by the user")
+print(logging.getLogger().handlers, file=sys.stdout)
+"""
+
+
+def test_runtime_log_sets_levels_in_workers_and_leaves_the_root_logger_alone(
+    write: Write, launch: Launch
+) -> None:
+    job = launch("-x", "RUNTIME_LOG=error,mine=info", write("w.py", RECORDS))
+    assert job.wait() == 0, job.describe()
+    assert "info runtime.mine: told by runtime" in job.err
+    assert "told by the user" in job.err
+    assert said(job) == ["[]"]
+
+
+def test_a_wrong_level_of_a_worker_is_named(write: Write, launch: Launch) -> None:
+    job = launch("-x", "RUNTIME_LOG=loud", write("w.py", "print('ran')"))
+    assert job.wait() == 2
+    assert "RUNTIME_LOG='loud'" in job.err
+    assert not job.out
+
+
+@pytest.mark.parametrize(("flag", "shown"), [("-v", True), ("-q", False)])
+def test_verbosity_adds_what_the_agent_does_and_quiet_leaves_progress_out(
+    write: Write, launch: Launch, flag: str, shown: bool
+) -> None:
+    script = write(
+        "w.py", "import os, sys; sys.exit(os.environ['TORCHELASTIC_RESTART_COUNT'] == '0')"
+    )
+    job = launch(flag, "--max-restarts", "1", script)
+    assert job.wait() == 0, job.describe()
+    assert ("default-0 runs as process" in job.err) is shown
+    assert ("restarting default-0" in job.err) is shown
+
+
+def test_an_interrupt_while_the_launcher_still_imports_is_quiet(write: Write) -> None:
+    command = [sys.executable, "-c", IMPORTING, str(write("w.py", "print('ran')"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+IMPORTING = """
+import os, runpy, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name.startswith("runtime.launcher"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["launch", sys.argv[1]]
+runpy.run_module("runtime.launch", run_name="__main__", alter_sys=True)
+"""

@@ -130,7 +130,8 @@ async def test_10000_calls_of_each_of_8_callers_get_their_own_answers(
 
 
 async def test_64_mib_and_bfloat16_come_back_bit_for_bit(peers: Peers, me: Endpoint) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     peers.start("p-0")
     large = torch.arange(16 * 2**20, dtype=torch.int32).view(torch.float32).reshape(4096, -1)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)

@@ -133,12 +133,10 @@ async def test_a_peer_killed_while_it_is_sent_much_frees_what_was_queued(
         for _ in range(200):
             link.send(Record(b"x", [bytes(1024 * 1024)]))
         assert link.queued_bytes() > 100 * 1024 * 1024
-        waiter = asyncio.get_running_loop().create_task(link.drain())
         await asyncio.sleep(0.1)
-        assert not waiter.done()
+        assert link.queued_bytes() > 100 * 1024 * 1024
         child.kill()
         await inbox.until(lambda: inbox.lost)
-        await waiter
         assert link.queued_bytes() == 0
     finally:
         child.end()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 
+import msgpack
 import pytest
 
 from runtime.errors import WireError
-from runtime.launcher.channel import LIMIT, Channel, Frame, Kind, pack, pack_message, unpack_head
+from runtime.launcher.channel import LIMIT, Channel, Frame, Kind, pack, unpack_head
 
 
 def test_a_head_tells_kind_and_length() -> None:
@@ -29,7 +30,7 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read() -> None:
 
 
 def test_a_message_comes_back() -> None:
-    packed = pack_message(Kind.EVENT, {"event": "end", "code": 3, "lines": ["ä"]})
+    packed = pack(Kind.EVENT, msgpack.packb({"event": "end", "code": 3, "lines": ["ä"]}))
     assert Frame(Kind.EVENT, packed[5:]).message() == {"event": "end", "code": 3, "lines": ["ä"]}
 
 

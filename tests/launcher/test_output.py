@@ -145,7 +145,7 @@ def test_torchruns_options_narrow_the_console(
     only: frozenset[int] | None,
     shown: frozenset[str],
 ) -> None:
-    assert shown_streams(0, redirects=redirects, tee=tee, only=only) == shown
+    assert shown_streams(0, redirects, tee, only) == shown
 
 
 def test_settings_without_a_choice_show_everything() -> None:

@@ -213,9 +213,7 @@ def test_what_only_a_start_decides_is_added_and_nothing_of_an_outer_job_is_left(
     assert (first["RANK"], first["RUNTIME_INCARNATION"], first["PATH"]) == ("1", "0", "/bin")
     assert "MASTER_PORT" not in first
     assert "TORCHELASTIC_ERROR_FILE" not in first
-    again = worker_env(
-        launch, outer, Start(3, 2, "/log/error.json", "127.0.0.1", 29511, 0, 1, 0, 1)
-    )
+    again = worker_env(launch, outer, Start(3, 2, "/log/error.json", "127.0.0.1", 29511, 0, 1))
     assert {name: again[name] for name in again if again[name] != first.get(name)} == {
         "RANK": "0",
         "ROLE_RANK": "0",

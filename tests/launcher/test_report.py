@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from dataclasses import replace
 from unicodedata import combining, east_asian_width
@@ -20,7 +19,6 @@ from runtime.launcher.report import (
     cause,
     exit_code,
     failure_box,
-    parse_error_file,
     signal_name,
     waiting_for,
 )
@@ -122,8 +120,7 @@ def test_long_things_are_cut_with_a_mark_and_never_in_silence() -> None:
         (Outcome("terminated", "j"), "══ job j stopped by SIGTERM ═", 143),
         (Outcome("hangup", "j"), "══ job j stopped: the terminal was closed ═", 129),
         (Outcome("host_lost", "j"), "══ job j lost a host ═", 69),
-        (Outcome("not_found", "j"), "══ job j could not start ═", 127),
-        (Outcome("not_executable", "", "name"), "══ job name could not start ═", 126),
+        (Outcome("usage", "", "name"), "══ job name could not start ═", 2),
         (Outcome("usage"), "══ job ? could not start ═", 2),
         (Outcome("failed", "j", "j"), "══ job j failed ═", 1),
     ],
@@ -173,15 +170,8 @@ def test_a_job_that_failed_never_exits_with_zero() -> None:
 
 
 def test_other_facts_of_the_end_are_told() -> None:
-    outcome = Outcome(
-        "interrupted", "j", detail="second Ctrl-C", log_dir="/logs/j", still_running=("a-0", "a-1")
-    )
-    assert body(outcome) == (
-        "second Ctrl-C\n"
-        "logs       /logs/j\n"
-        "killed     a-0, a-1 did not stop when asked to\n"
-        "exit code  130"
-    )
+    outcome = Outcome("interrupted", "j", detail="second Ctrl-C", log_dir="/logs/j")
+    assert body(outcome) == "second Ctrl-C\nlogs       /logs/j\nexit code  130"
 
 
 def test_restarted_attempts_are_counted() -> None:
@@ -197,28 +187,6 @@ def test_restarted_attempts_are_counted() -> None:
 def test_signals_have_names(number: int, name: str) -> None:
     assert signal.SIGRTMIN == 34
     assert signal_name(number) == name
-
-
-def test_error_files_are_read_in_torchelastics_shape_and_ours() -> None:
-    text = json.dumps(
-        {
-            "message": {
-                "message": "nan",
-                "extraInfo": {"py_callstack": TRACEBACK, "timestamp": "1"},
-            },
-            "type": "ValueError",
-        }
-    )
-    assert parse_error_file(text) == ErrorFile("nan", TRACEBACK, "ValueError")
-    assert parse_error_file('{"message": "just words"}') == ErrorFile("just words")
-    assert parse_error_file('{"message": {"message": "m"}}') == ErrorFile("m")
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "3", "[]", "{}", '{"message": 3}', '{"message": {"extraInfo": 3}}', '{"message": {"message": 1, "extraInfo": []}}']
-)  # fmt: skip
-def test_half_an_error_file_is_none(text: str) -> None:
-    assert parse_error_file(text) is None
 
 
 def test_progress_names_who_is_waited_for() -> None:
@@ -265,6 +233,34 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_controls_it(
     outcome: Outcome, width: int
 ) -> None:
     text = failure_box(outcome, width)
-    assert all(shown_width(line) <= max(40, width) for line in text.split("\n"))
+    lines = [line for line in text.split("\n") if not line.startswith("logs ")]
+    assert all(shown_width(line) <= max(40, width) for line in lines)
     assert all(c.isprintable() or c == "\n" for c in text)
     assert 0 < exit_code(outcome) < 256
+
+
+def test_lines_that_torch_gave_the_rank_to_are_not_shown_twice() -> None:
+    error = ErrorFile("boom", "Traceback:\n  File x\nValueError: boom", "ValueError")
+    lines = ("[rank0]: Traceback:", "[rank0]:   File x", "[rank0]: ValueError: boom")
+    failure = WorkerFailure("trainer", 0, code=1, error=error, last_lines=lines)
+    assert "last lines" not in failure_box(Outcome("failed", failures=(failure,)))
+
+
+def test_a_line_of_any_length_leaves_room_for_the_others() -> None:
+    error = ErrorFile("x", "ValueError: " + "x" * 200_000, "ValueError")
+    box = failure_box(Outcome("failed", failures=(WorkerFailure("a", 0, code=1, error=error),)))
+    assert len(box.splitlines()) < 40
+    assert "198012 more" in box
+
+
+def test_exit_codes_of_shells_and_the_path_of_the_logs_can_be_read() -> None:
+    folder = "/a/" + "long/" * 40
+    failure = WorkerFailure("a", 0, code=143, log_dir=folder)
+    box = failure_box(Outcome("failed", failures=(failure,)), 60)
+    assert "exit code 143 (128 + SIGTERM)" in box
+    assert folder in box
+
+
+def test_sigquit_has_its_own_code() -> None:
+    assert exit_code(Outcome("quit")) == 131
+    assert "stopped by SIGQUIT" in failure_box(Outcome("quit"))

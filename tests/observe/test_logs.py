@@ -100,3 +100,19 @@ def test_colours_are_for_terminals(stream: io.StringIO, coloured: bool) -> None:
     warning, info = stream.getvalue().splitlines()
     assert ("\x1b[33mwarning\x1b[0m" in warning) is coloured
     assert "\x1b" not in info
+
+
+def test_a_function_may_take_the_lines() -> None:
+    lines: list[str] = []
+    configure_logging(LogSpec(), lines.append)
+    logging.getLogger("runtime.wire").warning("late")
+    assert [line.partition(" ")[2] for line in lines] == ["warning runtime.wire: late\n"]
+
+
+def test_a_stream_that_fails_does_not_end_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(line: str) -> None:
+        raise ValueError("no more lines")
+
+    configure_logging(LogSpec(), broken)
+    logging.getLogger("runtime.wire").warning("late")
+    assert "no more lines" in capsys.readouterr().err

@@ -237,6 +237,17 @@ async def test_a_method_may_refuse_pickled_arguments() -> None:
             await a.call("b-0", "safe", (PeerAddress,))
 
 
+async def test_statistics_count_what_has_not_left_yet() -> None:
+    async with world(a=1, b=1) as job:
+        a, _ = await job.start("a-0"), await job.start("b-0", echo=echo)
+        await a.call("b-0", "echo", (1,))
+        assert a.statistics().unsent_bytes == 0
+        a.cast("b-0", "echo", (bytes(100_000),))
+        assert a.statistics().unsent_bytes > 100_000
+        await a.call("b-0", "echo", (2,))
+        assert a.statistics().unsent_bytes == 0
+
+
 async def test_a_bad_method_name_leaves_no_call_behind() -> None:
     async with world(a=1, b=1) as job:
         a, _ = await job.start("a-0"), await job.start("b-0", echo=echo)

@@ -147,7 +147,7 @@ _MUTATIONS = int(os.environ.get("RUNTIME_FUZZ", "30000"))
 
 
 def _samples() -> list[list[bytes]]:
-    call = messages.Call(7, "ns.method", b"\x91\x01", (b"buffer",), 3, 2.5, 9, ("a", "b"))
+    call = messages.Call(7, "ns.method", b"\x91\x01", (b"buffer",), 2.5)
     some = [
         messages.encode_call(call),
         messages.encode_cast(messages.Cast("m", b"\xc0")),

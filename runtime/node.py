@@ -88,7 +88,7 @@ class Node(Service):
         """The node of the worker that `spec` describes, not started."""
         from runtime.transport.sockets import SocketTransport  # the first import of zmq
 
-        control = PeerAddress(spec.agent_peer, spec.agent_address)
+        control = PeerAddress(spec.agent_peer, spec.agent_address, host=spec.info.host)
         identity = Identity(spec.info, spec.incarnation, control, spec.actors)
         transport = SocketTransport(spec.peer, spec.address)
         return cls(transport, identity, runner=runner, prepare=prepare)

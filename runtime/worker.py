@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from _thread import start_new_thread
@@ -239,6 +240,8 @@ class _StopRequest:
 def main(spec: WorkerSpec) -> int:
     """Do what `spec` says and give the exit code. Once in a process, on its main thread."""
     _slot.worker = worker = Worker(spec)
+    # What multiprocessing's tracker removes after a worker that was killed is no news of its own.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     return _Run(spec, worker, worker._stop).to_the_end()
 
 
@@ -277,7 +280,9 @@ class _HandlerRunner:
         while (work := self._queue.get()) is not None:
             try:
                 work()
-            except (Exception, SystemExit):
+            except SystemExit as error:
+                logger.error("a handler asked to exit (%s): its caller was told so", error.code)
+            except Exception:
                 logger.exception("a handler failed after it was answered")
 
     def stop(self) -> None:

@@ -193,7 +193,8 @@ class Session(aio.Service):
         how = f"killed by {exit.cause}" if exit.signal else f"ended with {exit.cause}"
         text = f"agent of host {self._assignment.host} {how}; its workers were ended"
         folder = os.path.join(self._assignment.log_dir, base.job_id)
-        return replace(base, end="host_lost", detail=text, log_dir=folder)
+        end: report.End = "host_lost" if self._signalled is None else self._signalled.end
+        return replace(base, end=end, detail=text, log_dir=folder)
 
 
 def outcome_of_end(

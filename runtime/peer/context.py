@@ -62,10 +62,7 @@ class Context:
     """`control.client.ControlClient`; typed loosely since control stands above this layer."""
 
 
-_OUTSIDE = (
-    "this process is not part of a job: start it with `python -m runtime.launch script.py`, "
-    "or call `runtime.init()` under torchrun"
-)
+_OUTSIDE = "this process is not part of a job: start it with `python -m runtime.launch script.py`"
 
 
 class _Slot:

@@ -75,10 +75,10 @@ class RoleActor:
         encoded = encode_arguments(args, kwargs)
         calls: list[Outgoing] = []
         future = _future(self._endpoint, name, self.name, calls)
-        _on_loop(self._endpoint, lambda: self.start_call(name, encoded, calls, _One(future)))
+        _on_loop(self._endpoint, lambda: self._start_call(name, encoded, calls, _One(future)))
         return future
 
-    def start_call(
+    def _start_call(
         self, name: str, encoded: Encoded, calls: list[Outgoing], waiter: _One | _Member
     ) -> None:
         """On the loop: make the call, and note it in `calls`. For this module."""
@@ -173,6 +173,8 @@ class RoleGroup(Sequence[RoleActor]):
         Failures come together when all have answered or failed, as one `CallGroupError` that names
         each member (or stand in the list, see `options`). An empty group gives [].
         """
+        if "_scatter" in kwargs:
+            raise MisuseError("call(_scatter=...): scattering arguments is not there yet")
         name = rpc_name(method)
         encoded = encode_arguments(args, kwargs)
         calls: list[Outgoing] = []
@@ -223,7 +225,7 @@ class RoleGroup(Sequence[RoleActor]):
         if not self._actors:
             gather.finish()
         for index, actor in enumerate(self._actors):
-            actor.start_call(name, encoded, calls, _Member(gather, index))
+            actor._start_call(name, encoded, calls, _Member(gather, index))
 
 
 # who waits for the answers, on the loop

@@ -110,10 +110,10 @@ def find_actor(directory: context.Directory, name: str) -> ActorInfo:
     )
 
 
-def export_rpc_method(name: str, function: Callable[..., Any]) -> None:
-    """Let other processes call `function` as `name`. Again for the same function: nothing. Raises
+def export_rpc_method(name: str, func: Callable[..., Any]) -> None:
+    """Let other processes call `func` as `name`. Again for the same function: nothing. Raises
     `MisuseError` when the name belongs to another one."""
-    context.current().endpoint.export(name, function)
+    context.current().endpoint.export(name, func)
 
 
 def export_rpc_instance(namespace: str | None, instance: object) -> None:

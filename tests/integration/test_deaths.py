@@ -308,6 +308,21 @@ def test_a_killed_agent_ends_the_job_with_69(write: Write, launch: Launch, metho
     job.assert_nothing_left()
 
 
+def test_an_agent_that_hangs_does_not_keep_a_launcher_that_is_told_to_kill(
+    write: Write, launch: Launch
+) -> None:
+    job = launch(*TWO, write("train.py", WRITE_PID + SLEEP_FOR_LONG))
+    job.worker_pid(0)
+    job.worker_pid(1)
+    os.kill(job.agent().pid, signal.SIGSTOP)
+    job.signal(signal.SIGINT)
+    job.wait_until(lambda: "again: kill it now" in job.err, "the first signal was seen")
+    job.signal(signal.SIGINT)
+    assert job.wait(15) == 130
+    assert "agent of host localhost killed by SIGKILL" in job.err
+    job.assert_nothing_left()
+
+
 def test_a_killed_zygote_does_not_disturb_the_job(write: Write, launch: Launch) -> None:
     body = WRITE_PID + (
         "import time\n"

@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import socket
 import stat
 import sys
@@ -69,6 +70,8 @@ def start_first() -> Started:
 
 def main(control_fd: int) -> None:
     """Serve until the agent closes its end. In a forked worker this never returns."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the launcher's business; workers get theirs back
     child.restore_path()
     control = socket.socket(fileno=control_fd)
     hello = json.loads(socket.recv_fds(control, _MESSAGE_BYTES, 0)[0])

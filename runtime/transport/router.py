@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ class Hub:
             _log.warning(text, self.peer, who, error)
 
 
-class Router:
+class Router(ABC):
     """One ROUTER socket, its monitor, its links by routing id. What both sides of a link have in common."""
 
     strangers = False
@@ -162,8 +163,8 @@ class Router:
             except Exception:  # noqa: BLE001 - a bug of the receiver must not stop the socket for all
                 _log.exception("the receiver of records from %s raised", link.peer)
 
-    def handshake(self, link: SocketLink | None, route: bytes, batch: frames.Batch) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def handshake(self, link: SocketLink | None, route: bytes, batch: frames.Batch) -> None: ...
 
     def reject(self, link: SocketLink | None, route: bytes, error: WireError) -> None:
         """End a connection for what it sent."""
@@ -313,8 +314,8 @@ class Router:
         self.forget(link)
         self.hub.gone.set()
 
-    def forget(self, link: SocketLink) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def forget(self, link: SocketLink) -> None: ...
 
     def end(self, link: SocketLink, reason: str) -> None:
         """The link is lost."""

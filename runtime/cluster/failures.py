@@ -58,11 +58,17 @@ def first_of(failures: Sequence[Failure]) -> Failure | None:
 
 
 def root_of(current: Sequence[Failure], known: Sequence[Failure]) -> Failure | None:
-    """The first of `current`; where it only tells of another's death, that one if it is `known`."""
-    first = first_of(current)
-    if first is not None and (blamed := first.blames()) is not None:
-        causes = [f for f in known if f is not first and _names(blamed, f.name)]
-        return causes[-1] if causes else first
+    """The first of `current`; where it only tells of another's death, that one if it is `known`; and
+    so on, from consequence to cause."""
+    first, passed = first_of(current), list[Failure]()
+    while first is not None and (blamed := first.blames()) is not None:
+        passed.append(first)
+        causes = [f for f in known if f not in passed and _names(blamed, f.name)]
+        if not causes:
+            break
+        # Of several deaths of that name, the last one before; clocks of hosts may differ.
+        before = [f for f in causes if f.happened <= first.happened]
+        first = before[-1] if before else causes[0]
     return first
 
 

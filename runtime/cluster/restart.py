@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any
 
 from runtime.cluster.failures import SIGNAL_HEAD_START_S, Failure, first_of, root_of
@@ -38,7 +39,8 @@ TIMED_OUT = 124
 
 @dataclass(slots=True)
 class _Actor:
-    """One planned actor. `state`: "idle", "running", "stopping" (asked to), "done", "failed"."""
+    """One planned actor. `state`: "idle", "running", "stopping" (asked to), "killed" (told to be),
+    "done", "failed"."""
 
     name: str
     rank: int
@@ -50,7 +52,7 @@ class _Actor:
 
     @property
     def alive(self) -> bool:
-        return self.state in ("running", "stopping")
+        return self.state in ("running", "stopping", "killed")
 
 
 @dataclass(slots=True)
@@ -72,7 +74,8 @@ class Supervision:
     """The machine "supervision".
 
     Operations: begin{roles, stop_timeout_s, restart_timeout_s, timeout_s?}, exited{name, incarnation,
-    pid, code, signal, cause, at, seen, error, step} -> {final}, stop{reason, code, seen}, kill{seen}.
+    pid, code, signal, cause, at, seen, error, step} -> {final}, stop{reason, code, seen},
+    kill{reason, code, seen}.
     A role is {name, policy, max, driver, actors: [{name, rank, agent, host}]}.
     Directives: start{role, attempt, actors: {name: incarnation}}, stop{names, grace_s, why},
     kill{names}, end{code, reason, first, others}.
@@ -89,6 +92,8 @@ class Supervision:
         self._timeout_s = 0.0
         self._seen = 0.0
         """Wall clock of the report on the latest failure."""
+        self._gone: set[str] = set()
+        """Agents that were lost: nothing can be started there any more."""
         self._operations: dict[str, Operation] = {
             "begin": self._begin,
             "exited": self._exited,
@@ -118,11 +123,13 @@ class Supervision:
     def lost(self, peer: str, cause: str, now: float) -> list[Effect]:
         """A process is gone; how it ended and what follows comes with `exited`. A lost agent takes
         its workers with it: they fail here."""
+        mine = [(r, a) for r in self._roles.values() for a in r.actors if a.agent == peer]
+        if mine or self._stage == "new":
+            self._gone.add(peer)
         effects: list[Effect] = []
-        for role in self._roles.values():
-            for actor in role.actors:
-                if actor.agent == peer and actor.alive:
-                    effects += self._ended(role, actor, {"code": _HOST_LOST, "cause": cause})
+        for role, actor in mine:
+            if actor.alive:
+                effects += self._ended(role, actor, {"code": _HOST_LOST, "cause": cause})
         return effects
 
     def why(self, call: Call) -> str | None:
@@ -138,6 +145,7 @@ class Supervision:
             "timeouts": [self._stop_timeout_s, self._restart_timeout_s, self._timeout_s],
             "deadline": self._deadline,
             "seen": self._seen,
+            "gone": sorted(self._gone),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -150,6 +158,7 @@ class Supervision:
         self._stage, self._code, self._reason = state["stage"], state["code"], state["reason"]
         self._stop_timeout_s, self._restart_timeout_s, self._timeout_s = state["timeouts"]
         self._deadline, self._seen = state["deadline"], state["seen"]
+        self._gone = set(state["gone"])
 
     # -- operations ---------------------------------------------------------------------------
 
@@ -169,14 +178,17 @@ class Supervision:
         effects: list[Effect] = []
         for role in roles:
             effects += self._start(role, role.actors)
+        for agent in sorted(self._gone):
+            effects += self.lost(agent, "host unreachable", now)
         return effects + _answer(call, {})
 
     def _exited(self, message: Message, call: Call | None, now: float) -> list[Effect]:
         role, actor = self._actor(text(message, "name"))
-        if whole(message, "incarnation") != actor.incarnation or not actor.alive:
-            return _answer(call, {"final": True})
-        effects = self._ended(role, actor, message)
-        # Taken after the decision: whether this actor is to be started again.
+        effects: list[Effect] = []
+        if whole(message, "incarnation") == actor.incarnation and actor.alive:
+            effects = self._ended(role, actor, message)
+        # Taken after the decision, also for a report that comes twice: whether this actor is to be
+        # started again, or has been.
         final = self._stage != "running" or not (role.restarting or actor.alive)
         return effects + _answer(call, {"final": final})
 
@@ -188,16 +200,21 @@ class Supervision:
     def _kill(self, message: Message, call: Call | None, now: float) -> list[Effect]:
         effects: list[Effect] = []
         if self._stage in ("running", "finishing"):
-            effects += self._stop_all(text(message, "reason"), whole(message, "code"))
-        return effects + _to_names(self._alive(), "kill")
+            seen = message.get("seen")
+            effects += self._stop_all(text(message, "reason"), whole(message, "code"), seen)
+        alive = self._alive()
+        for actor in alive:
+            actor.state = "killed"
+        return effects + _to_names(alive, "kill") + _answer(call, {})
 
     # -- what an end means --------------------------------------------------------------------
 
     def _ended(self, role: _Role, actor: _Actor, report: Message) -> list[Effect]:
-        asked = actor.state == "stopping"
+        asked = actor.state != "running"
+        killed = actor.state == "killed"
         code, number = whole(report, "code", 0), whole(report, "signal", 0)
         actor.state = "done" if code == number == 0 else "failed"
-        failed = actor.state == "failed" and self._note(role, actor, report, asked)
+        failed = actor.state == "failed" and self._note(role, actor, report, asked, killed)
         if self._stage in ("stopping", "finishing"):
             return self._maybe_end()
         if self._stage != "running":
@@ -208,16 +225,18 @@ class Supervision:
             return self._failed(role, actor)
         return self._maybe_finish()
 
-    def _note(self, role: _Role, actor: _Actor, report: Message, asked: bool) -> bool:
+    def _note(self, role: _Role, actor: _Actor, report: Message, asked: bool, killed: bool) -> bool:
         """Keep a failure, unless it only did what it was asked to. True when it is one."""
         error = mapping(report, "error", {})
         seen = float(report.get("seen") or 0.0)
         at = float(report.get("at") or seen)
         number = whole(report, "signal", 0)
         if asked and role.stop_seen is not None:
-            # Before the stop could have reached it: an error of its own, or somebody else's signal.
-            own = at < role.stop_seen if error else number not in (0, _SIGTERM)
-            if not own or (not error and seen > role.stop_seen + SIGNAL_HEAD_START_S):
+            # Before the stop could have reached it, or by somebody else's signal a moment later.
+            foreign = not error and number not in (0, _SIGTERM) and not killed
+            slack = SIGNAL_HEAD_START_S if foreign else 0.0
+            when = (at if error else seen) or inf  # of a lost host nobody knows when
+            if when >= role.stop_seen + slack:
                 return False
         failure = Failure(
             actor.name,
@@ -242,7 +261,8 @@ class Supervision:
     def _failed(self, role: _Role, actor: _Actor) -> list[Effect]:
         if role.policy == "one":
             return self._failed_alone(role, actor)
-        if role.policy == "gang" and role.attempt < role.max:
+        reachable = not self._lost_of(role.actors)
+        if role.policy == "gang" and role.attempt < role.max and reachable:
             role.restarting = True
             others = [other for other in role.actors if other.alive]
             stop = self._stop_actors(others, self._restart_timeout_s, f"{actor.name} failed")
@@ -251,7 +271,7 @@ class Supervision:
 
     def _failed_alone(self, role: _Role, actor: _Actor) -> list[Effect]:
         failure = self._failures[-1]
-        if actor.restarts >= role.max:
+        if actor.restarts >= role.max or self._lost_of([actor]):
             return self._stop_all("")
         if reason := _repeated(role, failure, actor.name):
             return self._stop_all(reason)
@@ -266,7 +286,7 @@ class Supervision:
         mine = [f for f in self._failures if f.role == role.name and not f.recovered]
         first = first_of(mine)
         assert first is not None
-        if reason := _repeated(role, first, ""):
+        if reason := self._lost_of(role.actors) or _repeated(role, first, ""):
             return self._stop_all(reason)
         for failure in mine:
             failure.recovered = True
@@ -300,7 +320,8 @@ class Supervision:
         return self._stop_actors(alive, self._stop_timeout_s, reason) + self._maybe_end()
 
     def _stop_actors(self, actors: Iterable[_Actor], grace_s: float, why: str) -> list[Effect]:
-        asked = [actor for actor in actors if actor.state == "running"]
+        running = [actor for actor in actors if actor.state == "running"]
+        asked = [actor for actor in running if actor.agent not in self._gone]
         for actor in asked:
             actor.state = "stopping"
         return _to_names(asked, "stop", grace_s=grace_s, why=why)
@@ -336,6 +357,11 @@ class Supervision:
             Send(agent, _directive("start", **what, actors={a.name: a.incarnation for a in mine}))
             for agent, mine in _by_agent(actors).items()
         ]
+
+    def _lost_of(self, actors: Iterable[_Actor]) -> str:
+        """In words, which of these have no host any more; "" when all have one."""
+        names = [actor.name for actor in actors if actor.agent in self._gone]
+        return f"the host of {', '.join(names)} is lost: not restarted" if names else ""
 
     def _alive(self) -> list[_Actor]:
         return [a for role in self._roles.values() for a in role.actors if a.alive]

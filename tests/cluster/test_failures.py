@@ -75,3 +75,20 @@ def test_of_several_deaths_of_the_one_that_is_named_the_newest_is_the_root() -> 
 @pytest.mark.parametrize(("signal", "code"), [(0, 1), (9, 137), (11, 139)])
 def test_the_exit_code_is_that_of_a_shell(signal: int, code: int) -> None:
     assert failure("a-0", 1.0, signal=signal).exit_code == code
+
+
+def test_a_consequence_of_a_consequence_leads_to_its_root() -> None:
+    root = failure("a-0", 1.0, signal=9)
+    middle, last = lost("b-0", 1.2, "a-0 is gone"), lost("c-0", 1.4, "b-0 is gone")
+    assert root_of([last], [root, middle, last]) is root
+
+
+def test_two_that_blame_each_other_come_to_an_end() -> None:
+    one, other = lost("a-0", 1.0, "b-0 is gone"), lost("b-0", 1.1, "a-0 is gone")
+    assert root_of([one, other], [one, other]) is other
+
+
+def test_a_death_after_the_error_that_tells_of_one_is_not_its_cause() -> None:
+    before, after = failure("a-0", 1.0, signal=9), lost("a-0", 3.0, "c-0 is gone")
+    told = lost("b-0", 2.0, "a-0 is gone")
+    assert root_of([told, after], [before, told, after]) is before

@@ -282,3 +282,76 @@ def test_a_lost_agent_takes_its_workers_with_it() -> None:
 def test_an_unknown_actor_is_refused_by_name() -> None:
     with pytest.raises(MisuseError, match="'x-9'"):
         Rig(role("w", 1)).tell(op="exited", name="x-9", incarnation=0)
+
+
+def spread(name: str, policy: str, most: int = 3) -> dict[str, Any]:
+    """A role with one actor on each of two hosts."""
+    planned = role(name, 2, policy, most)
+    planned["actors"][1]["agent"] = "agent-1"
+    return planned
+
+
+def test_kill_is_answered() -> None:
+    rig = Rig(role("w", 1))
+    rig.tell(op="kill", reason="Ctrl-C", code=130)
+    assert rig.reply == {}
+
+
+@pytest.mark.parametrize("policy", ["gang", "one"])
+def test_nothing_is_started_again_on_a_lost_host(policy: str) -> None:
+    rig = Rig(spread("w", policy))
+    (stop,) = rig.sent(rig.machine.lost("agent-1", "host unreachable", 101.0))
+    assert (stop["op"], stop["names"]) == ("stop", ["w-0"])
+    ends = rig.exits("w-0", code=0, signal=15, cause="SIGTERM")
+    assert [(end["op"], end["code"], end["first"]["name"]) for end in ends] == [
+        ("end", 69, "w-1")
+    ] * 2
+
+
+def test_a_host_that_is_lost_during_a_gang_restart_ends_the_job() -> None:
+    rig = Rig(spread("w", "gang"))
+    rig.exits("w-1", **KILLED)
+    assert rig.sent(rig.machine.lost("agent-1", "host unreachable", 101.0)) == []
+    end = rig.exits("w-0", code=0, signal=15, cause="SIGTERM")[0]
+    assert (end["op"], end["code"], end["first"]["name"]) == ("end", 137, "w-1")
+    assert end["reason"] == "the host of w-1 is lost: not restarted"
+
+
+def test_a_host_that_was_lost_before_the_job_began_ends_it() -> None:
+    machine = Supervision()
+    machine.lost("agent-1", "host unreachable", 1.0)
+    effects = machine.handle({"op": "begin", "roles": [spread("w", "one")]}, None, 2.0)
+    sent = [(e.to, e.message["op"]) for e in effects if isinstance(e, Send)]
+    assert sent == [("agent-0", "start"), ("agent-1", "start"), ("agent-0", "stop")]
+
+
+def test_a_report_that_comes_twice_is_not_final_where_a_restart_follows() -> None:
+    rig = Rig(role("w", 2))
+    rig.exits("w-0", **KILLED)
+    rig.exits("w-0", **KILLED)
+    assert rig.reply == {"final": False}
+    rig.exits("w-1", code=0, signal=15, cause="SIGTERM")
+    rig.tell(op="exited", name="w-0", incarnation=0, **KILLED)
+    assert rig.reply == {"final": False}
+
+
+def test_an_exit_code_before_the_stop_is_a_failure_of_its_own() -> None:
+    rig = Rig(role("w", 2, policy="never"))
+    rig.raises("w-0", kind="PeerLostError", text="w-1 is gone: exit 3", at=90.2, seen=90.3)
+    end = end_of(rig.exits("w-1", at=90.1, seen=90.1, code=3, signal=0, cause="exit 3"))
+    assert (end["first"]["name"], end["code"]) == ("w-1", 3)
+
+
+def test_one_that_was_told_to_be_killed_is_not_the_first_failure() -> None:
+    rig = Rig(role("w", 2, policy="never"))
+    rig.raises("w-0", at=90.00, seen=90.01)
+    rig.tell(op="kill", reason="Ctrl-C", code=130)
+    end = end_of(rig.exits("w-1", at=90.05, seen=90.05, **KILLED))
+    assert (end["first"]["name"], end["others"]) == ("w-0", [])
+
+
+def test_a_host_that_is_lost_after_the_stop_is_not_the_first_failure() -> None:
+    rig = Rig(spread("w", "never"))
+    rig.exits("w-0", code=3, signal=0, cause="exit 3")
+    end = rig.sent(rig.machine.lost("agent-1", "host unreachable", 105.0))[0]
+    assert (end["first"]["name"], end["code"], end["others"]) == ("w-0", 3, [])

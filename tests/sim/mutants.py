@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from runtime.cluster.failures import Failure
+from runtime.cluster.restart import Supervision
 from runtime.control.barrier import Barrier
 from runtime.control.directory import NameDirectory
 from runtime.control.kv import Kv
@@ -14,6 +16,7 @@ from runtime.control.plane import Plane, standard_machines
 from runtime.control.rendezvous import Rendezvous
 from runtime.machine import Call, Effect, Machine, Message, Reply
 from tests.sim.referee import HEARTBEAT_TIMEOUT
+from tests.sim.supervision import supervised
 from tests.sim.world import Kit
 
 
@@ -146,6 +149,130 @@ class _PlaneTellsNobody(Plane):
         return [] if event.get("kind") == "lost" else super()._hand_on(event, now)
 
 
+class _ForgetsTheBudget(Supervision):
+    def _failed(self, role: Any, actor: Any) -> list[Effect]:
+        role.max = 99
+        return super()._failed(role, actor)
+
+
+class _CountsInTheRoleOnly(Supervision):
+    def _failed_alone(self, role: Any, actor: Any) -> list[Effect]:
+        actor.restarts = 0
+        return super()._failed_alone(role, actor)
+
+
+class _DoesNotWaitForTheGang(Supervision):
+    def _maybe_restart(self, role: Any) -> list[Effect]:
+        for actor in role.actors:
+            actor.state = "failed"
+        return super()._maybe_restart(role)
+
+
+class _RestartsPartOfTheGang(Supervision):
+    def _start(self, role: Any, actors: Any) -> list[Effect]:
+        return super()._start(role, [actor for actor in actors if actor.state != "done"])
+
+
+class _ForgetsWhoWasAsked(Supervision):
+    def _note(self, role: Any, actor: Any, report: Message, asked: bool, killed: bool) -> bool:
+        # As if it had been long ago, so that it counts before all others.
+        return super()._note(role, actor, {**report, "at": 1.0}, False, False)
+
+
+class _NamesConsequences(Supervision):
+    def _note(self, role: Any, actor: Any, report: Message, asked: bool, killed: bool) -> bool:
+        noted = super()._note(role, actor, report, asked, killed)
+        for failure in self._failures:
+            failure.error = {**failure.error, "type": "ValueError"} if failure.error else {}
+        return noted
+
+
+class _StartsAfterTheEnd(Supervision):
+    def _exited(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        # A report that comes again after the job has ended.
+        late = self._stage == "ended"
+        effects = super()._exited(message, call, now)
+        role, actor = self._actor(message["name"])
+        return effects + self._start(role, [actor]) if late else effects
+
+
+class _RestartsThoughStopped(Supervision):
+    def _stop_all(
+        self, reason: str, code: int | None = None, seen: float | None = None
+    ) -> list[Effect]:
+        restarting = [role for role in self._roles.values() if role.restarting]
+        effects = super()._stop_all(reason, code, seen)
+        for role in restarting:
+            role.restarting = True
+        return effects
+
+    def _maybe_end(self) -> list[Effect]:
+        restarting = [role for role in self._roles.values() if role.restarting]
+        return [e for r in restarting for e in self._maybe_restart(r)] or super()._maybe_end()
+
+
+class _StartsOnLostHosts(Supervision):
+    def lost(self, peer: str, cause: str, now: float) -> list[Effect]:
+        effects = super().lost(peer, cause, now)
+        self._gone.clear()
+        return effects
+
+    def _lost_of(self, actors: Any) -> str:
+        return ""
+
+
+class _IgnoresLostHosts(Supervision):
+    def lost(self, peer: str, cause: str, now: float) -> list[Effect]:
+        return []
+
+
+class _StopsWithTheFirstDriver(Supervision):
+    def _maybe_finish(self) -> list[Effect]:
+        others = [a for r in self._roles.values() if not r.driver for a in r.actors]
+        return self._stop_actors(others, 1.0, "done") + super()._maybe_finish()
+
+
+class _EndsBeforeAllHaveEnded(Supervision):
+    def _alive(self) -> list[Any]:
+        return super()._alive()[1:]
+
+
+class _FailsWithoutACode(Supervision):
+    def _note(self, role: Any, actor: Any, report: Message, asked: bool, killed: bool) -> bool:
+        noted = super()._note(role, actor, report, asked, killed)
+        self._failures = [_harmless(failure) for failure in self._failures]
+        return noted
+
+
+def _harmless(failure: Failure) -> Failure:
+    failure.code = failure.signal = 0
+    return failure
+
+
+class _ForgetsStopsInDumps(Supervision):
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        for role in self._roles.values():
+            role.restarting = False
+
+
+_SUPERVISIONS: dict[str, type[Supervision]] = {
+    "forgets the budget": _ForgetsTheBudget,
+    "forgets how often one was restarted": _CountsInTheRoleOnly,
+    "restarts a gang before all have ended": _DoesNotWaitForTheGang,
+    "restarts a gang without those that are done": _RestartsPartOfTheGang,
+    "takes a stopped worker for the first failure": _ForgetsWhoWasAsked,
+    "takes a consequence for the first failure": _NamesConsequences,
+    "starts after the end": _StartsAfterTheEnd,
+    "starts what it was restarting though the job was stopped": _RestartsThoughStopped,
+    "starts on lost hosts": _StartsOnLostHosts,
+    "ignores lost hosts": _IgnoresLostHosts,
+    "stops everything with the first driver": _StopsWithTheFirstDriver,
+    "ends the job before all have ended": _EndsBeforeAllHaveEnded,
+    "gives no code to a failure": _FailsWithoutACode,
+    "forgets a restart when it is read back": _ForgetsStopsInDumps,
+}
+
 MUTANTS: dict[str, Kit] = {
     "membership takes older incarnations": _with(
         "membership", lambda: _NoIncarnationCheck(heartbeat_timeout=HEARTBEAT_TIMEOUT)
@@ -177,3 +304,4 @@ MUTANTS: dict[str, Kit] = {
     "plane does not fence the dead": Kit(plane=_PlaneNeverFences),
     "plane tells no machine of the dead": Kit(plane=_PlaneTellsNobody),
 }
+MUTANTS |= {f"supervision {name}": supervised(machine) for name, machine in _SUPERVISIONS.items()}

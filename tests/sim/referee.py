@@ -120,6 +120,8 @@ class Referee:
         self.names: dict[str, tuple[str, Any]] = {}
         self.rounds: dict[str, Rounds] = {}
         self.releases = 0
+        self.ears: dict[str, Callable[[Message], None]] = {}
+        """By machine: somebody else who is told what it took."""
         self._joining: set[Any] = set()
         self._deleted = False
 
@@ -149,6 +151,8 @@ class Referee:
         check = getattr(self, f"_{machine}", None)
         if check is not None:
             check(message, call, now)
+        if machine in self.ears:
+            self.ears[machine](message)
         self._effects(machine, effects, now)
 
     def ticked(self, machine: str, effects: list[Effect], now: float) -> None:

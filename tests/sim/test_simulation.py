@@ -12,6 +12,7 @@ import pytest
 from runtime.machine import Call, Effect, Message, Reply
 from tests.sim.mutants import MUTANTS
 from tests.sim.referee import Violation
+from tests.sim.supervision import supervised
 from tests.sim.world import Extension, Kit, World, play
 
 _PARTS = 4
@@ -26,6 +27,21 @@ def test_no_schedule_breaks_a_rule(part: int) -> None:
     runs = int(os.environ.get("SIM_RUNS", "2000"))
     releases = sum(play(seed).referee.releases for seed in range(part, runs, _PARTS))
     assert releases > runs / _PARTS  # The schedules get somewhere at all.
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("traffic", [False, True])
+def test_no_schedule_breaks_a_rule_of_supervision(traffic: bool) -> None:
+    kit = supervised(traffic=traffic)
+    if "SIM_SEED" in os.environ:
+        play(int(os.environ["SIM_SEED"]), kit)
+        return
+    # The other machines are dear, and have been watched for as long already.
+    runs = int(os.environ.get("SIM_RUNS", "2000")) // (20 if traffic else 2)
+    umpires = [play(seed, kit).parts["supervision"].umpire for seed in range(runs)]
+    assert sum(umpire.restarts for umpire in umpires) > runs / 4
+    codes = {end["code"] for umpire in umpires for end in umpire.ended.values()}
+    assert {0, 3, 130, 139} <= codes
 
 
 def test_a_seed_decides_everything() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from random import Random
 from typing import Any
@@ -31,7 +32,9 @@ class Extension:
     """Another pure machine in the simulated plane.
 
     `make` builds one; `act` is called at random moments and makes traffic (`world.agents`, `world.later`,
-    `Client.ask`); `check` is called with the effects of every entry and raises `Violation`.
+    `Client.ask`); `check` is called with the effects of every entry and raises `Violation`. An extension
+    may keep something of its own in each world: `begin` makes it, it lies in `world.parts[name]`. `heard` is called
+    with every message that the machine took, before `check`; `finish` when the schedule is over.
     """
 
     name: str
@@ -39,6 +42,9 @@ class Extension:
     act: Callable[[World], None]
     check: Callable[[World, list[Effect]], None] = lambda world, effects: None
     listens: bool = False
+    begin: Callable[[World], Any] = lambda world: None
+    heard: Callable[[World, Message], None] = lambda world, message: None
+    finish: Callable[[World], None] = lambda world: None
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class Kit:
     )
     plane: type[Plane] = Plane
     extensions: tuple[Extension, ...] = ()
+    traffic: bool = True
+    """Whether processes use the standard machines; without, agents only beat."""
+    settle: float = 3.5
+    """Seconds in which everything comes to rest once there are no more faults."""
 
 
 class World:
@@ -70,6 +80,9 @@ class World:
         self.clients: dict[str, Client] = {}
         self.agents = [Agent(self, number) for number in range(2)]
         self._tick_at: float | None = None
+        self.parts = {extension.name: extension.begin(self) for extension in self.kit.extensions}
+        for extension in self.kit.extensions:
+            self.referee.ears[extension.name] = partial(extension.heard, self)
 
     def _plane(self, watched: bool) -> Plane:
         machines = self.kit.machines()
@@ -96,8 +109,10 @@ class World:
             agent.begin()
         self._until(duration)
         self.quiet = True
-        self._until(duration + 3.5)
+        self._until(duration + self.kit.settle)
         self._check_reasons()
+        for extension in self.kit.extensions:
+            extension.finish(self)
         for client in list(self.clients.values()):
             client.alive = False
             self.enter(Entry("lost", self.now, peer=client.peer, cause="the end"))
@@ -287,18 +302,22 @@ class Agent:
         self.round = 0
 
     def begin(self) -> None:
+        self._beat()
+        if self.world.kit.traffic:
+            self._use_machines()
+        if self.number == 1:
+            self.world.later(self.world.random.uniform(0.5, 8), self._die)
+        for extension in self.world.kit.extensions:
+            self.world.later(self.world.random.random() * 5, self._extend, extension)
+
+    def _use_machines(self) -> None:
         plan = [
             {"name": name, "role": role, "rank": int(name[-1]), "host": f"host-{self.number}"}
             for name, role in self.actors
         ]
         self._ask("membership", {"op": "declare", "actors": plan}, self._declared)
-        self._beat()
         rendezvous = {"op": "open", "role": "a", "min": 1, "max": 2, "last_call_s": 0.5}
         self._ask("rendezvous", rendezvous, lambda _: self._join())
-        if self.number == 1:
-            self.world.later(self.world.random.uniform(0.5, 8), self._die)
-        for extension in self.world.kit.extensions:
-            self.world.later(self.world.random.random() * 5, self._extend, extension)
 
     def _extend(self, extension: Extension) -> None:
         if self.client.alive and not self.world.quiet:

@@ -254,8 +254,11 @@ class ConfigError(RuntimeFault, ValueError):
     """A setting is wrong: the text names file, line or key, what was found and what is allowed."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean x?)" for a message, where `known` has something close to `name`; else ""."""
+def nearest(name: str, known: Iterable[str], *, quoted: bool = False) -> str:
+    """ " (did you mean x?)" for a message, where `known` has something close to `name`; else "".
+
+    `quoted`: in quotes, as names of Python are shown.
+    """
     import difflib  # only for messages: it would cost every start a millisecond
 
     # The dashes of options are like each other, which says nothing.
@@ -263,4 +266,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     bare = name.lstrip("-")
     close = [other for other in names if len(bare) > 2 and other.startswith(bare)]
     close = close or difflib.get_close_matches(bare, names, n=1, cutoff=0.6)
-    return f" (did you mean {names[close[0]]}?)" if close else ""
+    if not close:
+        return ""
+    found = names[close[0]]
+    return f" (did you mean {repr(found) if quoted else found}?)"

@@ -27,14 +27,13 @@ from typing import Any
 from runtime.cluster.failures import SIGNAL_HEAD_START_S, Failure, first_of, root_of
 from runtime.control.messages import Operation, mapping, operation, text, whole
 from runtime.errors import MisuseError
+from runtime.launcher.report import TIMED_OUT
 from runtime.machine import Call, Effect, Emit, Message, Reply, Send
 
 _SIGTERM = 15
 _HOST_LOST = 69
 _SAME_FAILURES = 3
 _FAILURES_KEPT = 256
-
-TIMED_OUT = 124
 
 
 @dataclass(slots=True)

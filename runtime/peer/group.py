@@ -19,13 +19,14 @@ from runtime.errors import (
     PeerLostError,
     RuntimeFault,
     Timeout,
+    nearest,
 )
 from runtime.job import ActorInfo
 from runtime.peer import context
 from runtime.peer.calls import Outgoing
 from runtime.peer.endpoint import PING, Endpoint
 from runtime.peer.future import Future
-from runtime.peer.method import did_you_mean, rpc_name
+from runtime.peer.method import rpc_name
 from runtime.wire.codec import Encoded, encode_arguments
 
 Method = str | Callable[..., Any]
@@ -324,7 +325,7 @@ def _members(directory: context.Directory, role: str, optional: bool) -> list[Ac
     found = roles.get(role)
     if not found and not optional:
         known = ", ".join(roles) or "none"
-        near = did_you_mean(str(role), roles)
+        near = nearest(str(role), roles, quoted=True)
         raise MisuseError(f"the job has no role {role!r}{near}; its roles are: {known}")
     return list(found or ())
 

@@ -8,12 +8,11 @@ where, is decided in `handlers`.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar, overload
 
-from runtime.errors import ArgumentError, MisuseError, NotExposedError
+from runtime.errors import ArgumentError, MisuseError, NotExposedError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -250,16 +249,10 @@ class Exports:
     def _unknown(self, name: str) -> NotExposedError:
         names = self.names()
         return NotExposedError(
-            f"{self._owner} exposes no method {name!r}{did_you_mean(name, names)}; "
+            f"{self._owner} exposes no method {name!r}{nearest(name, names, quoted=True)}; "
             f"it exposes {_list(names)}",
             names,
         )
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?"-like text for the known name nearest to `name`, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def misfit(

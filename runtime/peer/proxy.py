@@ -10,13 +10,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from runtime.errors import MisuseError, NotExposedError
+from runtime.errors import MisuseError, NotExposedError, nearest
 from runtime.job import ActorInfo
 from runtime.peer import context
 from runtime.peer.endpoint import Endpoint
 from runtime.peer.future import Future
 from runtime.peer.group import RoleActor
-from runtime.peer.method import did_you_mean, rpc_methods
+from runtime.peer.method import rpc_methods
 
 C = TypeVar("C")
 
@@ -62,7 +62,7 @@ class UserRpcProxy:
         names = sorted(rpc_methods(self._cls))
         raise NotExposedError(
             f"{self._cls.__qualname__}.{attribute} is not marked with @rpc"
-            f"{did_you_mean(attribute, names)}; marked are: {', '.join(names)}",
+            f"{nearest(attribute, names, quoted=True)}; marked are: {', '.join(names)}",
             names,
         )
 
@@ -106,7 +106,7 @@ def find_actor(directory: context.Directory, name: str) -> ActorInfo:
         return known[name]
     listed = ", ".join(list(known)[:40]) or "none"
     raise MisuseError(
-        f"the job has no actor {name!r}{did_you_mean(str(name), known)}; its actors are: {listed}"
+        f"the job has no actor {name!r}{nearest(str(name), known, quoted=True)}; its actors are: {listed}"
     )
 
 

@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from runtime.transport.base import Link, Record
+from runtime.transport.base import Lane, Link, Record
 
 
 class Loopback:
@@ -24,6 +24,7 @@ class Loopback:
         received: Callable[[Link, Record], None],
     ) -> None:
         self.peer = peer
+        self.lane = Lane.RPC
         self.outbound = outbound
         self._loop = loop
         self._received = received
@@ -42,7 +43,7 @@ class Loopback:
         out._other, into._other = into, out
         return out, into
 
-    def send(self, record: Record) -> None:
+    def send(self, record: Record, ordered: bool = True) -> None:
         if not self._queue:
             self._loop.call_soon(self._deliver)
         header, buffers = record

@@ -3,15 +3,25 @@
 A *record* is one message of the protocol: a header (encoded by `wire.messages`) and raw buffers
 beside it. A *link* is one connection, made by one side (`outbound` there) and met by the other; it
 keeps the order of its records. Many that are sent within one pass of the event loop travel together.
+Two peers have one link per direction and *lane*, so that what is small and urgent never waits behind data.
 What records mean is decided by `peer/`; this package moves them, and says when a link is lost.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from runtime.wire.frames import Buffer as Buffer
 from runtime.wire.frames import Record as Record
+
+
+class Lane(IntEnum):
+    """What a link is for. `BULK` is the transport's own: large buffers of records that were sent on `RPC`."""
+
+    CONTROL = 0
+    RPC = 1
+    BULK = 2
 
 
 class Link(Protocol):
@@ -23,13 +33,21 @@ class Link(Protocol):
         ...
 
     @property
+    def lane(self) -> Lane:
+        """What it was made for; both ends know."""
+        ...
+
+    @property
     def outbound(self) -> bool:
         """True on the side that made the connection."""
         ...
 
-    def send(self, record: Record) -> None:
+    def send(self, record: Record, ordered: bool = True) -> None:
         """Queue a record; it leaves by the end of this loop pass. Dropped when the link is lost
-        (the receiver has been told by `link_lost` then). Never blocks, never raises for the network."""
+        (the receiver has been told by `link_lost` then). Never blocks, never raises for the network.
+
+        Records arrive in the order they were sent, but for those that are not `ordered`: while large
+        buffers of one record are on their way, unordered ones may overtake it, and be overtaken."""
         ...
 
     def queued_bytes(self) -> int:
@@ -84,9 +102,9 @@ class Transport(Protocol):
         """Bind. Raises `ConfigError` when the address cannot be bound, naming it."""
         ...
 
-    def connect(self, peer: str, address: str) -> Link:
-        """A new outbound link, or the living one to that peer. Returns at once; records that are
-        sent before it is up wait. A peer that cannot be reached is a `link_lost`."""
+    def connect(self, peer: str, address: str, lane: Lane = Lane.RPC) -> Link:
+        """A new outbound link, or the living one to that peer on that lane. Returns at once; records
+        that are sent before it is up wait. A peer that cannot be reached is a `link_lost`."""
         ...
 
     async def close(self, linger: float = 1.0) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from runtime.errors import MisuseError, WireError
-from runtime.transport.base import Record
+from runtime.transport.base import Lane, Record
 from runtime.transport.outbox import Outbox
 from runtime.wire import frames
 
@@ -52,6 +52,7 @@ class SocketLink:
     def __init__(self, router: Router, peer: str, route: bytes, endpoint: str | None) -> None:
         settings = router.settings
         self.peer = peer
+        self.lane = Lane.RPC
         self.outbound = endpoint is not None
         self.route = route
         self.endpoint = endpoint
@@ -73,7 +74,7 @@ class SocketLink:
         self._router = router
         self._early = settings.batch_bytes
 
-    def send(self, record: Record) -> None:
+    def send(self, record: Record, ordered: bool = True) -> None:
         header, buffers = record
         if buffers or len(header) > self._early:
             try:

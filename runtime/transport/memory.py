@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from runtime.errors import Closed, ConfigError, MisuseError, WireError
 from runtime.transport.address import parse
-from runtime.transport.base import Receiver, Record, TransportStatistics
+from runtime.transport.base import Lane, Receiver, Record, TransportStatistics
 from runtime.wire.frames import check_record
 
 
@@ -110,16 +110,16 @@ class MemoryTransport:
         self.network.listen(self)
         self.receiver, self.loop = receiver, asyncio.get_running_loop()
 
-    def connect(self, peer: str, address: str) -> MemoryLink:
+    def connect(self, peer: str, address: str, lane: Lane = Lane.RPC) -> MemoryLink:
         if self._closed:
             raise Closed(f"the transport of {self.peer} is closed")
         if self.loop is None:
             raise MisuseError(f"the transport of {self.peer} is not started")
         for link in self.links:
-            if link.outbound and link.peer == peer and not link.ending:
+            if link.outbound and (link.peer, link.lane) == (peer, lane) and not link.ending:
                 return link
         address = str(parse(address))
-        link = MemoryLink(self, peer, outbound=True)
+        link = MemoryLink(self, peer, lane, outbound=True)
         self.links.append(link)
         link.dial(address, self.loop.time() + self.network.settings.connect_s)
         return link
@@ -159,12 +159,15 @@ class MemoryTransport:
 class MemoryLink:
     """One end of a link. Implements `base.Link`. `twin` is the other end, once there is one."""
 
-    def __init__(self, transport: MemoryTransport, peer: str, *, outbound: bool) -> None:
+    def __init__(
+        self, transport: MemoryTransport, peer: str, lane: Lane, *, outbound: bool
+    ) -> None:
         self.ending = False
         self.ended = asyncio.Event()
         self.twin: MemoryLink | None = None
         self._transport = transport
         self.peer = peer
+        self.lane = lane
         self.outbound = outbound
         # Sent in this pass of the loop, or before the link is up.
         self._waiting: list[tuple[Record, int]] = []
@@ -173,7 +176,7 @@ class MemoryLink:
         self._queued = 0
         self._last_arrival = 0.0
 
-    def send(self, record: Record) -> None:
+    def send(self, record: Record, ordered: bool = True) -> None:
         try:
             size = check_record(record)
         except WireError as error:
@@ -218,7 +221,7 @@ class MemoryLink:
         elif found.peer != self.peer:
             self._loop.call_soon(self.cut_here, f"wrong peer: {address} is {found.peer}")
         else:
-            twin = MemoryLink(found, self._transport.peer, outbound=False)
+            twin = MemoryLink(found, self._transport.peer, self.lane, outbound=False)
             self.twin, twin.twin = twin, self
             found.links.append(twin)
             if self._waiting and self._flush is None:

@@ -19,7 +19,7 @@ import zmq
 
 from runtime.errors import Closed, ConfigError, MisuseError
 from runtime.transport.address import Address, parse
-from runtime.transport.base import Buffer, Receiver, TransportStatistics
+from runtime.transport.base import Buffer, Lane, Receiver, TransportStatistics
 from runtime.transport.link import SocketLink, SocketSettings, Tracker
 from runtime.transport.router import ACCEPTED, CONNECTED, DISCONNECTED, Dialler, Hub, Listener
 
@@ -201,7 +201,7 @@ class SocketTransport:
         self._listener.start()
         self._dialler.start()
 
-    def connect(self, peer: str, address: str) -> SocketLink:
+    def connect(self, peer: str, address: str, lane: Lane = Lane.RPC) -> SocketLink:
         if self._closed:
             raise Closed(f"the transport of {self.peer} is closed")
         if self._dialler is None:

@@ -107,6 +107,11 @@ class Transport(Protocol):
         that are sent before it is up wait. A peer that cannot be reached is a `link_lost`."""
         ...
 
+    def stage(self, buffer: Buffer) -> memoryview | None:
+        """From any thread: a copy of `buffer` in memory that peers of this host can open without another
+        copy; None where there is no such memory, or no room in it. Sent like any other buffer."""
+        ...
+
     async def close(self, linger: float = 1.0) -> None:
         """Flush for at most `linger` seconds, then end everything. Idempotent."""
         ...

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from runtime.errors import Closed, ConfigError, MisuseError, WireError
 from runtime.transport.address import parse
-from runtime.transport.base import Lane, Receiver, Record, TransportStatistics
+from runtime.transport.base import Buffer, Lane, Receiver, Record, TransportStatistics
 from runtime.wire.frames import check_record
 
 
@@ -123,6 +123,9 @@ class MemoryTransport:
         self.links.append(link)
         link.dial(address, self.loop.time() + self.network.settings.connect_s)
         return link
+
+    def stage(self, buffer: Buffer) -> None:
+        """There is no shared memory here."""
 
     async def close(self, linger: float = 1.0) -> None:
         if self._closed:

@@ -208,6 +208,9 @@ class SocketTransport:
             raise MisuseError(f"the transport of {self.peer} is not started")
         return self._dialler.link_to(peer) or self._dialler.dial(peer, str(parse(address)))
 
+    def stage(self, buffer: Buffer) -> None:
+        """ZeroMQ shares no memory."""
+
     async def close(self, linger: float = 1.0) -> None:
         if self._closed or self._hub is None:
             self._closed = True

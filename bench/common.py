@@ -43,20 +43,29 @@ class Side:
 class Goal:
     """`metric` of `ours` is held against that of `theirs`: ratio at most (or at least) `ratio`.
 
-    `absolute`: a bound on our own median, too. The goal counts as reached when both hold.
+    `absolute`: a bound on our own median. Where both are given, both must hold; without either the ratio
+    is only shown.
     """
 
     metric: str
     ours: str
-    theirs: str
-    ratio: float
+    theirs: str = ""
+    ratio: float | None = None
     at_least: bool = False
     absolute: float | None = None
 
     def text(self) -> str:
-        sign = "≥" if self.at_least else "≤"
-        bound = "" if self.absolute is None else f", {sign} {self.absolute:g}"
-        return f"{sign} {self.ratio:g} × {self.theirs}{bound}"
+        bounds = [] if self.ratio is None else [f"{self.ratio:g} × {self.theirs}"]
+        bounds += [] if self.absolute is None else [f"{self.absolute:g}"]
+        return ", ".join(f"{'≥' if self.at_least else '≤'} {bound}" for bound in bounds)
+
+    def holds(self, ours: float, theirs: float | None) -> bool | None:
+        """Whether it is reached; None when nothing is asked or the other side has no figure."""
+        if (self.ratio is not None and not theirs) or self.ratio is self.absolute is None:
+            return None
+        bounds = [] if self.ratio is None or theirs is None else [self.ratio * theirs]
+        bounds += [] if self.absolute is None else [self.absolute]
+        return all(ours >= bound if self.at_least else ours <= bound for bound in bounds)
 
 
 @dataclass
@@ -68,6 +77,7 @@ class Figures:
     turns: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     errors: dict[str, list[str]] = field(default_factory=dict)
     disturbed: int = 0
+    load: list[float] = field(default_factory=list)
 
     def median(self, side: str, metric: str) -> float | None:
         values = self.turns.get(side, {}).get(metric)
@@ -92,13 +102,8 @@ class Figures:
 
     def _judge(self, goal: Goal, ours: float) -> dict[str, Any]:
         theirs = self.median(goal.theirs, goal.metric)
-        if not theirs:
-            return {"goal": goal.text(), "reached": None}
-        ratio = ours / theirs
-        reached = ratio >= goal.ratio if goal.at_least else ratio <= goal.ratio
-        if goal.absolute is not None:
-            reached &= ours >= goal.absolute if goal.at_least else ours <= goal.absolute
-        return {"ratio": ratio, "goal": goal.text(), "reached": reached}
+        found = {"goal": goal.text(), "reached": goal.holds(ours, theirs)}
+        return found | ({"ratio": ours / theirs} if theirs else {})
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -107,6 +112,7 @@ class Figures:
             "values": self.turns,
             "errors": self.errors,
             "disturbed_turns": self.disturbed,
+            "load": self.load,
         }
 
     def table(self) -> str:
@@ -125,7 +131,10 @@ class Figures:
             lines.append(line + f"| {row.get('goal', '')} | {reached} |")
         lines += [f"- {side} failed: {text}" for side, e in self.errors.items() for text in e]
         if self.disturbed:
-            lines.append(f"- {self.disturbed} turns began while the machine was busy")
+            lines.append(
+                f"- {self.disturbed} turns began while the machine was busy; "
+                f"load before turns {min(self.load):.1f} to {max(self.load):.1f}"
+            )
         return "\n".join(lines)
 
 
@@ -138,10 +147,11 @@ def take_turns(
 ) -> Figures:
     """Run every side `turns` times, alternately. A turn that fails is noted and does not end the others."""
     figures = Figures(title, goals)
-    for turn in range(turns):
+    for turn in range(turns if sides else 0):
         shift = turn % len(sides)
         for side in [*sides[shift:], *sides[:shift]]:
             figures.disturbed += not wait_until_quiet()
+            figures.load.append(os.getloadavg()[0])
             print(f"  {title}: turn {turn + 1}/{turns}, {side.name}", file=sys.stderr)
             try:
                 found = side.run()
@@ -170,6 +180,61 @@ def environment(**extra: str) -> dict[str, str]:
     foreign = ("RUNTIME_", "PET_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+
+
+def run_job(roles: str, *, limit_s: float = 90, options: Sequence[str] = ()) -> Any:
+    """One turn of a launched job (see `role`): the figures that one of its workers wrote."""
+    with workplace() as cwd, job_tree(roles, cwd, options) as job:
+        finish(job, cwd, limit_s)
+        return read_figures(cwd)
+
+
+def job_tree(
+    roles: str, cwd: Path, options: Sequence[str] = ()
+) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    """The launcher's process of a job of `roles`, with all below it."""
+    (cwd / "job.toml").write_text(roles)
+    argv = [sys.executable, "-m", "runtime.launch", "--log-dir", str(cwd / "logs"), *options]
+    return tree([*argv, "--job", "job.toml"], cwd=cwd)
+
+
+def role(name: str, entry: str, *, total: int = 1, driver: bool = False) -> str:
+    """A simple role for `run_job`."""
+    return (
+        f"[roles.{name}]\nentry = {json.dumps(entry)}\nkind = 'simple'\ntotal = {total}\n"
+        f"driver = {str(driver).lower()}\nrestart = {{ policy = 'never', max = 0 }}\n"
+    )
+
+
+def run_programs(
+    module: str, servers: Sequence[str], caller: str, env: Mapping[str, str] | None = None
+) -> Any:
+    """One turn of bare processes, each `python -m module ARGUMENTS DIRECTORY`: the servers first, then,
+    when all of them are up, the one that measures. All end by themselves. `env`: beside `environment`."""
+    with workplace() as cwd, contextlib.ExitStack() as stack:
+
+        def start(arguments: str) -> subprocess.Popen[bytes]:
+            argv = [sys.executable, "-m", module, *arguments.split(), str(cwd)]
+            return stack.enter_context(tree(argv, cwd=cwd, env=environment(**env or {})))
+
+        running = [start(arguments) for arguments in servers]
+        for server in running:
+            wait_for((cwd / f"up-{server.pid}").exists, server, cwd)
+        finish(start(caller), cwd, 90)
+        for server in running:
+            finish(server, cwd, 10)
+        return read_figures(cwd)
+
+
+def run_tcp_peers(kind: str) -> Any:
+    """One turn of our endpoints as on two hosts (`tcp_peers`), with what the launcher sets for workers."""
+    env = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    return run_programs("bench.tcp_peers", [f"serve {kind}"], f"call {kind}", env)
+
+
+def read_figures(cwd: Path) -> Any:
+    """What a measured process has written by `timing.write_figures`."""
+    return json.loads((cwd / "figures.json").read_text())
 
 
 @contextlib.contextmanager
@@ -236,17 +301,27 @@ def workplace() -> Iterator[Path]:
         yield Path(name)
 
 
-def arguments(description: str, turns: int, quick: int) -> argparse.Namespace:
-    """The options that every measurement has. `.turns`: what `--turns` or `--quick` make of it."""
+def arguments(
+    description: str, turns: int, quick: int, parts: Sequence[str] = ()
+) -> argparse.Namespace:
+    """The options that every measurement has. `.turns`: what `--turns` or `--quick` make of it; `.parts`:
+    which of its `parts` to run, all where none is named."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help=f"{quick} turns instead of {turns}")
     parser.add_argument("--turns", type=int, default=None, help="turns of every side")
+    parser.add_argument("--scale", type=float, default=1.0, help="repeat so many times as often")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--without-ours", action="store_true", help="only the sides compared with")
+    if parts:
+        parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; default: all")
     options = parser.parse_args()
+    if unknown := set(getattr(options, "parts", ())) - set(parts):
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
+    options.parts = getattr(options, "parts", None) or list(parts)
     # A measurement that is asked to end leaves no processes: the turns clean up behind themselves.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     options.turns = options.turns or (quick if options.quick else turns)
+    os.environ["BENCH_SCALE"] = str(options.scale)
     return options
 
 

@@ -1,84 +1,99 @@
 """Calls between two processes: sequential p50 and p99, and calls a second with 1,000 outstanding.
 
-Compared with a raw pyzmq DEALER/ROUTER ping-pong that carries the same 64 bytes and is driven by the same
-event loop (`rpc_peers.py`). Two sides of ours are coroutine callers on bare endpoints, with a coroutine and
-with a plain handler; two are a plain script's blocking calls in a launched job (`rpc_job.py`). The goals are
-for the first: the others show what a thread hop more costs.
+Three parts: `same` host (a launched job; its processes find their quickest way to each other themselves)
+against a raw asyncio `Protocol` on a unix socket; between `hosts` (ZeroMQ over TCP loopback) against
+pyzmq that carries the same payload; and beside a `busy` trainer, whose main thread runs pure Python. All
+our calls have deadlines.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import sys
-from pathlib import Path
-from typing import Any
 
 from bench import common
-from bench.common import Goal, Side
+from bench.common import Figures, Goal, Side
+from bench.timing import CALLS, P50, P99
 
-JOB = """
-[roles.driver]
-entry = "bench.rpc_job:drive"
-kind = "simple"
-
-[roles.server]
-entry = "bench.rpc_job:Server"
-kind = "simple"
-driver = false
-"""
-
-RAW, ASYNC, PLAIN = "raw ZeroMQ", "await, async handler", "await, plain handler"
+RAW, ASYNC, PLAIN = "raw Protocol, unix socket", "await, async handler", "await, plain handler"
 JOB_ASYNC, JOB_PLAIN = "result(), async handler", "result(), plain handler"
+ZMQ, ZMQ_LOOP, TCP = "pyzmq, no loop", "pyzmq on add_reader", "await, ZeroMQ over TCP"
+RAW_BUSY, BUSY = "raw Protocol, busy main thread", "await, busy main thread"
 
 
-def measure_pair(kind: str) -> dict[str, float]:
+def raw(kind: str) -> dict[str, float]:
     """One turn of two bare processes."""
-    with common.workplace() as cwd:
-        serve, call = (
-            [sys.executable, "-m", "bench.rpc_peers", side, kind, str(cwd)]
-            for side in ("serve", "call")
-        )
-        with common.tree(serve, cwd=cwd) as server:
-            common.wait_for((cwd / "up").exists, server, cwd)
-            with common.tree(call, cwd=cwd) as caller:
-                common.finish(caller, cwd, 60)
-            common.finish(server, cwd, 10)
-        return read_figures(cwd)
+    caller = "call unix" if kind == "busy" else f"call {kind}"
+    found: dict[str, float] = common.run_programs("bench.raw_rpc", [f"serve {kind}"], caller)
+    return found
 
 
-def measure_job(method: str) -> dict[str, float]:
-    """One turn of a launched job."""
-    with common.workplace() as cwd:
-        (cwd / "job.toml").write_text(JOB)
-        options = ["--log-dir", str(cwd / "logs"), "--job", "job.toml"]
-        with common.tree([sys.executable, "-m", "runtime.launch", *options], cwd=cwd) as job:
-            common.finish(job, cwd, 90)
-        found: dict[str, float] = read_figures(cwd)[method]
-        return found
+def tcp() -> dict[str, float]:
+    """One turn of two endpoints without a job."""
+    found: dict[str, float] = common.run_tcp_peers("small")
+    return found
 
 
-def read_figures(cwd: Path) -> Any:
-    return json.loads((cwd / "figures.json").read_text())
+def job(caller: str, server: str = "Server") -> dict[str, float]:
+    """One turn of a launched job. `caller`: the entry of the role that calls."""
+    roles = common.role("server", f"bench.rpc_job:{server}")
+    found: dict[str, float] = common.run_job(common.role("driver", caller, driver=True) + roles)
+    return found
+
+
+def blocking(method: str) -> dict[str, float]:
+    """One turn of a plain script's calls."""
+    roles = common.role("driver", "bench.rpc_job:block", driver=True)
+    roles += f"env = {{ BENCH_METHOD = '{method}' }}\n"
+    found: dict[str, float] = common.run_job(roles + common.role("server", "bench.rpc_job:Server"))
+    return found
+
+
+def same(turns: int, ours: bool) -> Figures:
+    sides = [Side(RAW, functools.partial(raw, "unix"))]
+    if ours:
+        sides += [
+            Side(ASYNC, functools.partial(job, "-m bench.rpc_job echo")),
+            Side(PLAIN, functools.partial(job, "-m bench.rpc_job plain_echo")),
+            Side(JOB_ASYNC, functools.partial(blocking, "echo")),
+            Side(JOB_PLAIN, functools.partial(blocking, "plain_echo")),
+        ]
+    goals = [
+        Goal(P50, ASYNC, RAW, 2.5),
+        Goal(CALLS, ASYNC, at_least=True, absolute=60_000),
+    ]
+    return common.take_turns("rpc, same host, 64 bytes there and back", sides, turns, goals)
+
+
+def hosts(turns: int, ours: bool) -> Figures:
+    sides = [
+        Side(ZMQ, functools.partial(raw, "zmq")),
+        Side(ZMQ_LOOP, functools.partial(raw, "zmq-loop")),
+    ]
+    sides += [Side(TCP, tcp)] if ours else []
+    goals = [
+        Goal(P50, TCP, ZMQ_LOOP, 1.5),
+        Goal(P50, TCP, ZMQ),
+        Goal(CALLS, TCP, ZMQ, 0.5, at_least=True, absolute=40_000),
+    ]
+    return common.take_turns("rpc, between hosts (TCP loopback)", sides, turns, goals)
+
+
+def busy(turns: int, ours: bool) -> Figures:
+    sides = [Side(RAW_BUSY, functools.partial(raw, "busy"))]
+    if ours:
+        sides += [Side(BUSY, functools.partial(job, "-m bench.rpc_job echo", "BusyServer"))]
+    goals = [Goal(P99, BUSY, absolute=3000)]
+    return common.take_turns("rpc, beside a busy main thread", sides, turns, goals)
+
+
+PARTS = {"same": same, "hosts": hosts, "busy": busy}
 
 
 def main() -> int:
-    options = common.arguments(__doc__ or "", turns=7, quick=2)
-    sides = [Side(RAW, functools.partial(measure_pair, "raw"))]
-    if not options.without_ours:
-        sides += [
-            Side(ASYNC, functools.partial(measure_pair, "async")),
-            Side(PLAIN, functools.partial(measure_pair, "plain")),
-            Side(JOB_ASYNC, functools.partial(measure_job, "echo")),
-            Side(JOB_PLAIN, functools.partial(measure_job, "plain_echo")),
-        ]
-    goals = [
-        Goal("sequential p50, µs", ASYNC, RAW, 1.7),
-        Goal("calls/s, 1,000 outstanding", ASYNC, RAW, 0.3, at_least=True),
-    ]
-    title = "rpc: two processes, 64 bytes there and back"
-    figures = common.take_turns(title, sides, options.turns, goals)
-    return common.report([figures], as_json=options.json)
+    options = common.arguments(__doc__ or "", turns=7, quick=2, parts=list(PARTS))
+    found = [PARTS[part](options.turns, not options.without_ours) for part in options.parts]
+    return common.report(found, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from runtime.control.public import master_async as master_async
     from runtime.control.public import members as members
     from runtime.control.public import members_async as members_async
+    from runtime.data.queue import DataQueue as DataQueue
+    from runtime.data.queue import Leased as Leased
     from runtime.errors import ArgumentError as ArgumentError
     from runtime.errors import BarrierBroken as BarrierBroken
     from runtime.errors import CallGroupError as CallGroupError
@@ -49,14 +51,17 @@ if TYPE_CHECKING:
     from runtime.job import ActorInfo as ActorInfo
     from runtime.job import JobInfo as JobInfo
     from runtime.node import Node as Node
+    from runtime.peer.actor import RoleActor as RoleActor
+    from runtime.peer.batch import Whole as Whole
     from runtime.peer.future import Future as Future
-    from runtime.peer.group import RoleActor as RoleActor
     from runtime.peer.group import RoleGroup as RoleGroup
     from runtime.peer.method import rpc as rpc
     from runtime.peer.proxy import UserRpcProxy as UserRpcProxy
     from runtime.peer.proxy import create_rpc_proxy as create_rpc_proxy
     from runtime.peer.proxy import export_rpc_instance as export_rpc_instance
     from runtime.peer.proxy import export_rpc_method as export_rpc_method
+    from runtime.peer.sequence import FutureSequence as FutureSequence
+    from runtime.peer.stub import remote as remote
     from runtime.worker import Worker as Worker
     from runtime.worker import current_worker as current_worker
 
@@ -72,6 +77,7 @@ _NAMES_BY_MODULE = {
         "members",
         "members_async",
     ),
+    "runtime.data.queue": ("DataQueue", "Leased"),
     "runtime.errors": (
         "ArgumentError",
         "BarrierBroken",
@@ -99,8 +105,10 @@ _NAMES_BY_MODULE = {
     ),
     "runtime.job": ("ActorInfo", "JobInfo"),
     "runtime.node": ("Node",),
+    "runtime.peer.actor": ("RoleActor",),
+    "runtime.peer.batch": ("Whole",),
     "runtime.peer.future": ("Future",),
-    "runtime.peer.group": ("RoleActor", "RoleGroup"),
+    "runtime.peer.group": ("RoleGroup",),
     "runtime.peer.method": ("rpc",),
     "runtime.peer.proxy": (
         "UserRpcProxy",
@@ -108,6 +116,8 @@ _NAMES_BY_MODULE = {
         "export_rpc_instance",
         "export_rpc_method",
     ),
+    "runtime.peer.sequence": ("FutureSequence",),
+    "runtime.peer.stub": ("remote",),
     "runtime.worker": ("Worker", "current_worker"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}

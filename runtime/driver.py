@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 _TURNS_PER_PASS = 64
 """Turns taken before other tasks of the event loop have theirs."""
 
+_STEP_S = 1e-6
+
 
 class _Handle(NamedTuple):
     message: Message
@@ -96,7 +98,8 @@ class Driver(Service):
             if self._inbox:
                 self._perform_all(self._take(self._inbox.popleft(), now))
             elif not ticks:
-                await self._wait(None if due is None else due - now)
+                # No less than a step: of a fake clock, rounding may leave less than it ever moves by.
+                await self._wait(None if due is None else max(due - now, _STEP_S))
                 turns = 0
                 continue
             turns += 1

@@ -114,6 +114,8 @@ def _assignment(options: LaunchOptions, plan: Plan, settings: Config) -> Assignm
         env=env,
         settings=settings,
         output=_output_settings(options, plan),
+        transport=options.transport,
+        arena=options.arena,
         shutdown_timeout_s=options.shutdown_timeout,
         timeout_s=options.timeout,
         port_range=options.port_range,

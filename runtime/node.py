@@ -86,11 +86,14 @@ class Node(Service):
         prepare: Callable[[], None] | None = None,
     ) -> Self:
         """The node of the worker that `spec` describes, not started."""
-        from runtime.transport.sockets import SocketTransport  # the first import of zmq
+        from runtime.transport.arena import Arena
+        from runtime.transport.host import HostTransport  # the first import of zmq
 
         control = PeerAddress(spec.agent_peer, spec.agent_address, host=spec.info.host)
         identity = Identity(spec.info, spec.incarnation, control, spec.actors)
-        transport = SocketTransport(spec.peer, spec.address)
+        local = spec.transport == "auto"
+        arena = Arena.attach(spec.arena) if local else None
+        transport = HostTransport(spec.peer, spec.address, local=local, arena=arena)
         return cls(transport, identity, runner=runner, prepare=prepare)
 
     @classmethod

@@ -37,6 +37,7 @@ def test_the_design_s_names_are_there() -> None:
         *("rpc", "export_rpc_method", "export_rpc_instance", "create_rpc_proxy", "RoleGroup"),
         *("RoleActor", "Future", "current_worker", "Node", "barrier", "barrier_async", "kv"),
         *("members", "members_async", "master", "master_async", "CheckpointManager"),
+        *("FutureSequence", "Whole", "remote", "UserRpcProxy"),
         *("RuntimeFault", "MisuseError", "PeerLostError", "RemoteError", "Timeout"),
     }
     assert promised <= set(runtime.__all__)

@@ -159,7 +159,13 @@ def test_nothing_is_marked_as_unfinished() -> None:
 
 
 _OUTSIDE_THE_MIRROR = {"integration", "contracts", "sim", "examples", "bench", "cases"}
-_OF_A_WHOLE_FOLDER = {"test_contract.py", "test_cases.py", "test_fuzz.py", "test_deadlines.py"}
+_OF_A_WHOLE_FOLDER = {
+    "test_contract.py",
+    "test_cases.py",
+    "test_fuzz.py",
+    "test_deadlines.py",
+    "test_histories.py",
+}
 
 
 def test_unit_tests_mirror_the_package() -> None:

@@ -7,7 +7,6 @@ evaluator gets copies, and nothing waits for it but the end.
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from examples.common.report import Curve, Progress
+from examples.common.saving import pack, restore, start_anew
 from examples.sft.data import load_text, random_rows
 from examples.sft.evaluate import Evaluation
 from examples.sft.model import GPT, fingerprint, nats_per_byte
-from examples.sft.report import Curve, Progress
 from examples.sft.settings import Settings
 from runtime import CheckpointManager, Future, PeerLostError, RoleGroup, current_worker
 
@@ -36,7 +36,7 @@ def main(config: dict[str, Any]) -> None:
     first = 0
     resume = settings.resume or current_worker().actor_info.restart_count > 0
     if resume:
-        first = restore(checkpoints, model, optimizer, settings)
+        first = restore(checkpoints, model, optimizer, settings.seed, settings.steps) or 0
     elif dist.get_rank() == 0:
         start_anew(checkpoints)
 
@@ -49,7 +49,7 @@ def main(config: dict[str, Any]) -> None:
         if watcher:
             watcher.after_step(step + 1, loss, model)
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
-                checkpoints.save_sync(pack(model, optimizer, settings, step + 1), step + 1)
+                checkpoints.save_sync(pack(model, optimizer, settings.seed, step + 1), step + 1)
 
     if watcher:
         checkpoints.wait_sync()
@@ -82,57 +82,6 @@ def pace(step: int, settings: Settings) -> float:
     return rise * (0.55 + 0.45 * math.cos(math.pi * step / settings.steps))
 
 
-# Checkpoints: bytes, by step
-
-
-def pack(model: GPT, optimizer: torch.optim.Optimizer, settings: Settings, step: int) -> bytes:
-    """All that the next step depends on. The position in the data is the step."""
-    state = {
-        "step": step,
-        "seed": settings.seed,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-    }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def restore(
-    checkpoints: CheckpointManager,
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    settings: Settings,
-) -> int:
-    """Go on from the newest checkpoint; rank 0 says which, so that all have the same. The next step."""
-    found: list[bytes | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [checkpoints.load_latest_sync()]
-        except FileNotFoundError:
-            print("no checkpoint yet: starting at step 0", flush=True)
-    dist.broadcast_object_list(found)
-    if found[0] is None:
-        return 0
-    state = torch.load(io.BytesIO(found[0]), weights_only=True)
-    if state["seed"] != settings.seed or state["step"] > settings.steps:
-        raise ValueError(
-            f"the checkpoint has seed {state['seed']} and step {state['step']}: "
-            f"it cannot be gone on from with seed {settings.seed} to step {settings.steps}"
-        )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
-    return int(state["step"])
-
-
-def start_anew(checkpoints: CheckpointManager) -> None:
-    """Remove what an earlier run left in the same place: `--resume` would go on from that."""
-    for step in checkpoints.list_checkpoints_sync():
-        checkpoints.delete_sync(step)
-
-
 class Watcher:
     """What only rank 0 does: the progress line, and asking the evaluator without waiting for it."""
 
@@ -140,9 +89,14 @@ class Watcher:
         self.settings = settings
         self.out = Path(settings.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.curve = Curve(self.out / "curve.csv", until_step=first if resume else -1)
+        self.curve = Curve(
+            self.out / "curve.csv", "nats_per_byte", until_step=first if resume else -1
+        )
         self.progress = Progress(
-            first, settings.steps, settings.batch * settings.context * dist.get_world_size()
+            first,
+            settings.steps,
+            settings.batch * settings.context * dist.get_world_size(),
+            "tokens",
         )
         count = sum(parameter.numel() for parameter in model.parameters())
         print(f"{count:,} parameters, steps {first} to {settings.steps}", flush=True)
@@ -150,12 +104,12 @@ class Watcher:
         self.evaluator = RoleGroup("evaluator")[0]
         self.answer: Future[Evaluation] | None = None
         self.sample = ""
-        if first not in self.curve.losses:
+        if first not in self.curve.values:
             self.ask(first, model)
 
     def after_step(self, step: int, loss: float, model: GPT) -> None:
         if step % self.settings.print_every == 0 or step == self.settings.steps:
-            self.progress.show(step, loss)
+            self.progress.show(step, f"loss {loss:.3f}")
         if self.answer is not None and self.answer.done():
             self.take_answer()
         due = step % self.settings.eval_every == 0 and step < self.settings.steps
@@ -194,11 +148,11 @@ class Watcher:
         while self.answer is not None:
             self.take_answer()
 
-        self.curve.draw(self.out / "curve.png")
+        self.curve.draw(self.out / "curve.png", "held-out loss, nats per byte")
         torch.save(model.state_dict(), self.out / "model.pt")
         digest = fingerprint(model)
         (self.out / "weights.sha256").write_text(digest + "\n")
-        losses = self.curve.losses
+        losses = self.curve.values
         print(f"what it writes now:\n{self.sample}\n")
         print(f"held-out loss {losses[min(losses)]:.2f} -> {losses[max(losses)]:.2f} nats per byte")
         print(f"weights {digest}")

@@ -25,6 +25,7 @@ from runtime.launcher.output import Capture, Outputs, Source
 from runtime.launcher.plan import Start, WorkerSpec, planned_actors, worker_env
 from runtime.launcher.starter import NewWorker, Starter, close_streams
 from runtime.peer.context import PeerAddress
+from runtime.transport.arena_keeper import make_keeper
 
 Ask = Callable[[str, Mapping[str, Any]], Coroutine[Any, Any, Any]]
 """Ask a machine of the control plane: its name and a message."""
@@ -61,6 +62,9 @@ class Starting:
         launches = assignment.plan.launches
         self._launches = {launch.env["RUNTIME_ACTOR"]: launch for launch in launches}
         self._ports = PortChooser(assignment.port_range)
+        shared = assignment.arena if assignment.transport == "auto" else 0
+        self.arena = make_keeper(shared, len(self.actors))
+        """For large buffers between the workers."""
 
     async def open_rendezvous(self) -> None:
         """Say what each elastic role needs before it can start."""
@@ -186,6 +190,8 @@ class Starting:
             preload=(*zygote.WARM, *(role.preload or ())),
             init_process_group=role.sets_up_process_group,
             node_check=role.checks_node,
+            transport=assignment.transport,
+            arena=self.arena.spec(list(self.actors).index(name)) if self.arena else None,
             shutdown_timeout_s=assignment.shutdown_timeout_s,
         )
 

@@ -217,11 +217,19 @@ class Supervisor(aio.Service):
         del self._processes[process.spec.info.name]
         if process.kill_timer is not None:
             process.kill_timer.cancel()
+        self._reclaim(process.spec)
         if not self._seen:
             asyncio.get_running_loop().call_soon(self._report_seen)
         seen = wall_clock()
         report = OwnReport() if exit == spawn.Exit() else read_report(process.spec.error_file)
         self._seen.append(_Ended(process, exit, seen, report))
+
+    def _reclaim(self, spec: WorkerSpec) -> None:
+        """What the worker had of the arena. Its place there is fit for its next incarnation after this."""
+        arena = self._starting.arena
+        if arena is not None and spec.arena is not None:
+            arena.reclaim(spec.arena[1])
+            self.spawn(arena.settle(), f"arena after {spec.info.name}")
 
     def _report_seen(self) -> None:
         for process in list(self._processes.values()):

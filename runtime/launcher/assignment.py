@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from runtime.config import Config
 from runtime.errors import ConfigError
@@ -31,6 +32,8 @@ class Assignment:
     workdir: str
     env: Mapping[str, str]
     output: OutputSettings = field(default_factory=OutputSettings)
+    transport: Literal["auto", "zmq"] = "auto"
+    arena: int | None = None
     shutdown_timeout_s: float = 10.0
     timeout_s: float | None = None
     port_range: tuple[int, int] | None = None

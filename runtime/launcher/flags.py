@@ -48,6 +48,17 @@ def _seconds(text: str) -> float:
     return value
 
 
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def _size(text: str) -> int:
+    number = text.rstrip("KMGTiB")
+    unit = text[len(number) :]
+    if not (number.isascii() and number.isdecimal()) or unit not in _UNITS:
+        raise ValueError("must be bytes, as a whole number, or with KiB, MiB, GiB or TiB after it")
+    return int(number) * _UNITS[unit]
+
+
 def _text(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise ValueError("must not be empty")
@@ -235,6 +246,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--preload", "modules imported once, before workers are forked; none; repeatable",
              "MODULE,…", modules, many=True),
         Flag("--start-method", "how workers start (fork)", "fork|spawn", _one_of("fork", "spawn")),
+    ),
+    "Between processes": (
+        Flag("--transport", "calls within a host: by the quickest way (auto), or all by ZeroMQ",
+             "auto|zmq", _one_of("auto", "zmq")),
+        Flag("--arena", "memory for large buffers between workers of a host, at most (a quarter); 0: none",
+             "8GiB|512MiB|…", _size),
     ),
     "Output": (
         Flag("--log-dir", "where the log files go", "DIR", _text),

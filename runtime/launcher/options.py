@@ -61,6 +61,8 @@ class LaunchOptions:
     preload: tuple[str, ...] | None = None
     start_method: Literal["fork", "spawn"] | None = None
     init_process_group: bool = False
+    transport: Literal["auto", "zmq"] = "auto"
+    arena: int | None = None
     shutdown_timeout: float = 10.0
     timeout: float | None = None
     port_range: tuple[int, int] | None = None

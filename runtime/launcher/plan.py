@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from runtime.errors import ConfigError
 from runtime.job import (
@@ -25,6 +25,7 @@ from runtime.job import (
     validate,
 )
 from runtime.launcher.place import Room, place
+from runtime.launcher.tunables import tunables
 
 if TYPE_CHECKING:
     from runtime.launcher.options import LaunchOptions
@@ -74,7 +75,7 @@ class WorkerSpec:
     `env` is the whole environment of the worker (inherited ones included). `actors` are all planned
     actors of the job. `peer` ("trainer-0.3f2a90c1") and `address` ("ipc:///…/t0.3f2a90c1") are where this
     process must listen; `agent_peer`/`agent_address` is the control plane. `start_timeout_s` bounds the
-    process group's set-up and the node check.
+    process group's set-up and the node check. `arena` is an `ArenaSpec` (`transport/arena_table.py`).
     """
 
     job_id: str
@@ -94,6 +95,8 @@ class WorkerSpec:
     preload: tuple[str, ...] = ()
     init_process_group: bool = False
     node_check: bool = False
+    transport: Literal["auto", "zmq"] = "auto"
+    arena: tuple[str, int] | None = None
     shutdown_timeout_s: float = 10.0
     start_timeout_s: float = 600.0
 
@@ -234,6 +237,7 @@ def _launches(job: JobSpec, placed: Mapping[str, Sequence[str]], common: _Common
                 "RUNTIME_GLOBAL_RANK": str(len(launches)),
                 "RUNTIME_GLOBAL_WORLD_SIZE": str(everyone),
             }
+            env |= tunables({**common.facts.env, **env})
             python = role.python or common.hosts[host].python or common.facts.python
             argv = command_line(role.entry, python)
             launches.append(Launch(host, role.name, rank, local_rank, argv, env))

@@ -144,8 +144,8 @@ class Starter:
         self._unusable: set[_Recipe] = set()
 
     def adopt(self, started: zygote.Started) -> None:
-        """Use a zygote that was started with this process's environment, if it fits a job's workers."""
-        self._spare = _Zygote(started, os.environ)
+        """Use a zygote that `start_first` made, if it fits a job's workers."""
+        self._spare = _Zygote(started, zygote.first_env())
 
     @property
     def zygote_pids(self) -> list[int]:

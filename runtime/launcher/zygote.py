@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from runtime.launcher import child, spawn
+from runtime.launcher.tunables import tunables
 
 _MESSAGE_BYTES = 64 * 1024
 WARM = ("runtime.worker", "runtime.node", "runtime.transport.sockets")
@@ -65,7 +66,12 @@ def start(env: Mapping[str, str]) -> Started:
 
 def start_first() -> Started:
     """The zygote that an agent starts before its own imports, on the chance that it fits its job."""
-    return start(os.environ)
+    return start(first_env())
+
+
+def first_env() -> dict[str, str]:
+    """What that zygote is started with: what workers will have, as far as it can be known by then."""
+    return {**os.environ, **tunables(os.environ)}
 
 
 def main(control_fd: int) -> None:

@@ -34,6 +34,23 @@ class Owner(NamedTuple):
     name: str
 
 
+class CallOptions(NamedTuple):
+    """How a call is made. `timeout` in seconds, None for no limit; it travels as the call's deadline.
+
+    `retry`: how often an `idempotent` call is sent again, to the next start of an actor that died
+    before it answered. `nested`: made from inside a handler, so that the callee's window, full of our
+    own calls, must not hold it back (the handler may be what these wait for).
+    """
+
+    timeout: float | None = None
+    retry: int = 0
+    idempotent: bool = False
+    nested: bool = False
+
+
+DEFAULT = CallOptions()
+
+
 class Answered(Protocol):
     """Whoever waits for an outgoing call."""
 
@@ -60,18 +77,28 @@ class Limited(Protocol):
 
 
 class Outgoing:
-    """One call of ours. `link` is None until it is sent; `deadline` None when it has none or is over."""
+    """One call of ours. `channel` is None until its callee is found, `deadline` when it has none or is over.
+
+    `parcel` is kept until the answer is here: the call may have to be sent again. `size` counts in the
+    callee's window; 0 once it does not any more. `items` is set for streams. `retry`: how often it may
+    yet be sent to a next start of the callee. `named`: its target is a name, not an address.
+    """
 
     __slots__ = (
-        "address",
+        "channel",
         "deadline",
         "id",
-        "link",
+        "items",
         "method",
+        "named",
         "parcel",
+        "retry",
+        "sent",
+        "size",
         "started",
         "target",
         "timeout",
+        "tries",
         "waiter",
     )
 
@@ -83,13 +110,21 @@ class Outgoing:
         self.started = started
         self.timeout: float | None = None
         self.deadline: float | None = None
-        self.link: Any = None
-        self.address: Any = None
+        self.channel: Any = None
         self.parcel: Any = None
+        self.items: Any = None
+        self.size = self.tries = self.retry = 0
+        self.named = self.sent = False
+
+    @property
+    def link(self) -> Any:
+        """What it was sent by; None before that, and while a lost link is made anew."""
+        return self.channel.link if self.sent else None
 
     def settle(self) -> Answered:
         """Who is to be told the outcome, once: a settled call holds on to nobody."""
         waiter, self.waiter = self.waiter, _NOBODY
+        self.parcel = None
         return waiter
 
     def __repr__(self) -> str:
@@ -147,6 +182,7 @@ class CallTable:
 
     def __init__(self) -> None:
         self._calls: dict[int, Outgoing] = {}
+        self._load: dict[str, int] = {}
         self._ids = count(1)
         self.late = 0
 
@@ -160,33 +196,49 @@ class CallTable:
         """A new call, outstanding from now on."""
         id = next(self._ids)
         call = self._calls[id] = Outgoing(id, target, method, waiter, now)
+        self._load[target] = self._load.get(target, 0) + 1
         return call
 
-    def answer(self, link: Any, id: int) -> Outgoing | None:
-        """An answer to `id` came by `link`: the call, which is over now. None: nobody waits for it
+    def load(self, target: str) -> int:
+        """How many calls of `target` are outstanding."""
+        return self._load.get(target, 0)
+
+    def find(self, channel: Any, id: int) -> Outgoing | None:
+        """The call `id`, if it went by `channel` and is not over."""
+        call = self._calls.get(id)
+        return call if call is not None and call.channel is channel else None
+
+    def answer(self, channel: Any, id: int) -> Outgoing | None:
+        """An answer to `id` came by `channel`: the call, which is over now. None: nobody waits for it
         (or it was sent elsewhere), drop the answer."""
         call = self._calls.get(id)
-        if call is None or call.link is not link:
+        if call is None or call.channel is not channel:
             self.late += 1
             return None
-        del self._calls[id]
+        self.drop(call)
         return call
+
+    def renew(self, call: Outgoing) -> None:
+        """`call` is to be made once more, to another process: under a new id."""
+        self._calls.pop(call.id, None)
+        call.id = next(self._ids)
+        call.channel, call.sent = None, False
+        self._calls[call.id] = call
 
     def drop(self, call: Outgoing) -> bool:
         """`call` is over without an answer. False when it was over before."""
-        return self._calls.pop(call.id, None) is not None
+        if self._calls.pop(call.id, None) is None:
+            return False
+        left = self._load[call.target] - 1
+        if left:
+            self._load[call.target] = left
+        else:
+            del self._load[call.target]
+        return True
 
-    def sent_by(self, link: Any) -> list[Outgoing]:
-        """The calls that wait for an answer by `link`, in the order they were made."""
-        return [call for call in self._calls.values() if call.link is link]
-
-    def sent_to(self, peer: str) -> list[Outgoing]:
-        """The calls that wait for an answer of the process `peer`."""
-        return [
-            call
-            for call in self._calls.values()
-            if call.link is not None and call.link.peer == peer
-        ]
+    def sent_by(self, channel: Any) -> list[Outgoing]:
+        """The calls that wait for an answer by `channel`, in the order they were made."""
+        return [call for call in self._calls.values() if call.sent and call.channel is channel]
 
     def all(self) -> list[Outgoing]:
         """Every outstanding call."""
@@ -199,30 +251,35 @@ QUEUED, RUNNING, OVER = range(3)
 class Incoming:
     """One call that runs or queues here.
 
-    `lane` is None for handlers that nothing bounds. `waits` are the calls that its handler waits for,
+    `client` is the process that called. `lane` is None for handlers that nothing bounds. `size` is what it counts in that process's
+    window, 0 once it does not any more. `stream` drives its generator. `waits` are the calls that its handler waits for,
     by wait (each a sequence that fills as the calls are made). `parked` are probes that wait here, by the process they come from; `seen` is the
     last number of each that came by, so that a probe goes round a circle only once.
     """
 
     __slots__ = (
+        "client",
         "deadline",
         "exported",
         "id",
         "lane",
-        "link",
         "parcel",
         "parked",
         "seen",
+        "size",
         "state",
+        "stream",
         "task",
         "waits",
     )
 
-    def __init__(self, link: Any, id: int, exported: Any, parcel: Any) -> None:
-        self.link = link
+    def __init__(self, client: Any, id: int, exported: Any, parcel: Any, size: int = 0) -> None:
+        self.client = client
         self.id = id
         self.exported = exported
         self.parcel = parcel
+        self.size = size
+        self.stream: Any = None
         self.deadline: float | None = None
         self.lane: Lane | None = None
         self.state = QUEUED
@@ -295,9 +352,9 @@ class Lane:
 
 
 class Forward(NamedTuple):
-    """Send `probe` by `link`."""
+    """Send `probe` by `channel`."""
 
-    link: Any
+    channel: Any
     probe: Probe
 
 
@@ -391,5 +448,5 @@ def _follow(
 ) -> Iterator[Forward]:
     for calls in handler.waits:
         for awaited in list(calls):
-            if awaited.link is not None:
-                yield Forward(awaited.link, Probe(origin, path, number, awaited.id))
+            if awaited.sent:
+                yield Forward(awaited.channel, Probe(origin, path, number, awaited.id))

@@ -81,5 +81,5 @@ class CycleWatch:
             self._ask()
 
     def _forward(self, forwards: Sequence[Forward]) -> None:
-        for link, probe in forwards:
-            link.send(messages.encode_probe(probe))
+        for channel, probe in forwards:
+            channel.urgent(messages.encode_probe(probe))

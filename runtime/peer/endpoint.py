@@ -18,23 +18,30 @@ from typing import Any, NamedTuple
 
 from runtime.aio import Service
 from runtime.errors import MisuseError, WireError
-from runtime.peer.calls import Limited, Outgoing, Owner
+from runtime.peer.admission import Admission
+from runtime.peer.calls import DEFAULT, CallOptions, Limited, Outgoing, Owner
 from runtime.peer.context import Directory, PeerAddress
+from runtime.peer.finding import Finder
+from runtime.peer.flow import nbytes
 from runtime.peer.future import current_waiter
 from runtime.peer.handlers import Handlers
 from runtime.peer.loopback import Loopback
 from runtime.peer.mailbox import Mailbox
 from runtime.peer.method import RESERVED, Exports, method_of, rpc_methods
-from runtime.peer.outgoing import Caller, CallFuture, Target
+from runtime.peer.outgoing import Caller, CallFuture
+from runtime.peer.routes import Target
 from runtime.peer.running import CallContext, Running
 from runtime.peer.threads import PlainRunner, ThreadRunner
 from runtime.peer.timers import Timers
-from runtime.transport.base import Link, Record, Transport
+from runtime.transport.base import Lane, Link, Record, Transport
 from runtime.wire import codec, messages
 
 logger = logging.getLogger(__name__)
 
 PING = RESERVED + "ping"
+
+STAGED_BYTES = 64 * 1024
+"""Buffers from that size on are worth staging."""
 
 
 class EndpointStatistics(NamedTuple):
@@ -59,7 +66,7 @@ class EndpointStatistics(NamedTuple):
     rejected: dict[str, int]
     """Links ended for what they sent, by reason."""
     unsent_bytes: int
-    """What was sent and has not left yet. Nothing limits it: whoever casts much looks here."""
+    """What was sent and has not left yet, or waits for its receiver."""
 
 
 class Endpoint(Service):
@@ -92,12 +99,12 @@ class Endpoint(Service):
         self._own_runner = None if runner else ThreadRunner("rpc-handlers", prepare=prepare)
         self._plain_runner: PlainRunner = runner or self._own_runner  # type: ignore[assignment]
         self._prepare = prepare
-        self._links: dict[str, Link] = {}
-        self._inbound: dict[Link, None] = {}
         self._rejected: Counter[str] = Counter()
         self._mailbox: Mailbox | None = None
+        self._mourners: list[Callable[[str, str], None]] = []
         self._timers: Timers
         self._caller: Caller
+        self._admission: Admission
         self._handlers: Handlers
 
     # -- life ---------------------------------------------------------------------------------
@@ -123,7 +130,15 @@ class Endpoint(Service):
         loop = asyncio.get_running_loop()
         self._mailbox = Mailbox(loop)
         self._timers = Timers(loop, self._due)
-        self._caller = Caller(self._connect, loop, self._timers, self.directory, self.spawn)
+        self._caller = Caller(
+            self._connect,
+            self._mailbox,
+            self._timers,
+            Finder(self.directory, self.lose),
+            self.spawn,
+            control_only=self.peer.startswith("@"),
+        )
+        self._admission = Admission(self._mailbox, self._caller)
         self._handlers = Handlers(
             self._owner,
             self._exports,
@@ -133,7 +148,7 @@ class Endpoint(Service):
             self._prepare,
         )
         out, into = Loopback.pair(self.peer, loop, self.received)
-        self._links[self.peer], self._loop_in = out, into
+        self._to_self, self._from_self = out, into
         await self._transport.start(self)
 
     async def _on_close(self) -> None:
@@ -167,7 +182,8 @@ class Endpoint(Service):
         loop = self.mailbox.loop
         encoded = codec.encode_arguments(args, kwargs)
         future = CallFuture(self._caller, loop)
-        future.call = self._caller.call(target, method, encoded, future, timeout)
+        options = DEFAULT if timeout is None else CallOptions(timeout)
+        future.call = self._caller.call(target, method, encoded, future, options)
         return future
 
     def cast(
@@ -187,16 +203,39 @@ class Endpoint(Service):
             raise MisuseError(f"{self._name} has not been started")
         return self._caller
 
+    def stage(self, encoded: codec.Encoded) -> codec.Encoded:
+        """From any thread: `encoded` with its large buffers copied to where peers of this host can open
+        them without another copy, if the transport has such a place. What is changed in the original
+        after this does not travel."""
+        body, buffers = encoded
+        if not any(nbytes(buffer) >= STAGED_BYTES for buffer in buffers):
+            return encoded
+        stage = self._transport.stage
+        return codec.Encoded(body, [stage(buffer) or buffer for buffer in buffers])
+
+    def admit(self, names: Sequence[str], size: int, timeout: float | None = None) -> None:
+        """From any thread, before `size` bytes are sent to each of `names`: wait while one of them is
+        behind with what it was sent. Not where waiting would be wrong: on a thread that runs an
+        asyncio loop, and in a handler. Says after ten seconds what it waits for. Raises `Timeout`."""
+        mailbox = self.mailbox
+        if not mailbox.on_loop_thread():
+            self._admission.wait(names, size, timeout)
+
+    def unsent(self, peer: str) -> int:
+        """Bytes for the process `peer` that have not left yet."""
+        return self.caller.unsent(peer) + self._handlers.unsent(peer)
+
     def lose(self, peer: str, cause: str) -> None:
         """The process `peer` is dead, says membership: calls to it fail now, with `PeerLostError`;
         calls from it are cancelled."""
         self.caller.lose(peer, cause)
-        for link in [link for link in self._inbound if link.peer == peer]:
-            del self._inbound[link]
-            self._handlers.lost(link)
-        gone = self._links.pop(peer, None) if peer != self.peer else None
-        if gone is not None:
-            gone.close()
+        self._handlers.gone(peer)
+        for mourner in self._mourners:
+            mourner(peer, cause)
+
+    def on_lost(self, mourner: Callable[[str, str], None]) -> None:
+        """Call `mourner(peer, cause)` on the loop for each process that `lose` is told of. From any thread."""
+        self._mourners.append(mourner)
 
     # -- exporting ----------------------------------------------------------------------------
 
@@ -207,10 +246,13 @@ class Endpoint(Service):
         *,
         concurrency: int | None = None,
         pickle: bool | None = None,
+        raw: bool = False,
     ) -> None:
         """Expose `function` as `name`; see `rpc` for the options, which beat those of its `@rpc`.
-        From any thread. Raises `MisuseError` when the name belongs to another function."""
-        self._exports.add(name, function, concurrency=concurrency, pickle=pickle)
+        A `raw` one is called with the `Encoded` of its arguments as it came in, and may return the
+        `Encoded` to answer. From any thread. Raises `MisuseError` when the name belongs to another
+        function."""
+        self._exports.add(name, function, concurrency=concurrency, pickle=pickle, raw=raw)
 
     def export_function(self, function: Callable[..., Any]) -> None:
         """Expose an `@rpc` function under its own name."""
@@ -253,7 +295,6 @@ class Endpoint(Service):
             self._caller.result(link, message)  # type: ignore[arg-type]
         elif kind is messages.Call:
             self._handlers.call(link, message)  # type: ignore[arg-type]
-            self._inbound[link] = None
         else:
             self._received_other(link, message)
 
@@ -263,22 +304,31 @@ class Endpoint(Service):
                 self._caller.error(link, message)
             case messages.Cast():
                 self._handlers.cast(link, message)
+            case messages.Item():
+                self._caller.item(link, message)
+            case messages.Ack():
+                self._handlers.acknowledged(link, message)
+            case messages.Credit() | messages.Resumed():
+                self._caller.told(link, message)
             case messages.Cancel():
                 self._handlers.cancel(link, message)
+            case messages.More():
+                self._handlers.more(link, message)
+            case messages.Resume():
+                self._handlers.resume(link, message)
             case messages.Probe():
                 self._handlers.probe(link, message)
-            case messages.Goodbye():
+            case messages.Goodbye() if link.outbound:
                 self._caller.goodbye(link, message)
+            case messages.Goodbye():
+                self._handlers.gone(link.peer)
 
     def link_lost(self, link: Link, reason: str) -> None:
         """See `transport.base.Receiver`."""
         if link.outbound:
-            if self._links.get(link.peer) is link:
-                del self._links[link.peer]
             self._caller.link_lost(link, reason)
-        else:
-            self._inbound.pop(link, None)
-            self._handlers.lost(link)
+        elif self._handlers.lost(link):
+            self._caller.ask_fate(link.peer)
 
     def _reject(self, link: Link, error: WireError) -> None:
         self._rejected[error.reason] += 1
@@ -288,12 +338,10 @@ class Endpoint(Service):
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _connect(self, address: PeerAddress) -> Link:
-        link = self._links.get(address.peer)
-        if link is None:
-            link = self._transport.connect(address.peer, address.address)
-            self._links[address.peer] = link
-        return link
+    def _connect(self, address: PeerAddress, lane: Lane) -> Link:
+        if address.peer == self.peer:
+            return self._to_self
+        return self._transport.connect(address.peer, address.address, lane)
 
     def _due(self, item: Limited) -> None:
         if isinstance(item, Outgoing):
@@ -309,14 +357,12 @@ class Endpoint(Service):
             calls_in=handlers.received,
             outstanding=len(caller.table),
             running=handlers.running(),
-            queued=handlers.queued(),
+            queued=handlers.waiting(),
             late_answers=caller.table.late,
             errors_out=caller.errors,
             errors_in=handlers.errors,
             rejected=dict(self._rejected),
-            unsent_bytes=sum(
-                link.queued_bytes() for link in (*self._links.values(), *self._inbound)
-            ),
+            unsent_bytes=caller.unsent() + handlers.unsent(),
         )
 
 

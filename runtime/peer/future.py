@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import threading
 import time
@@ -26,7 +27,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 SAY_AFTER_S = 10.0
-"""A blocking wait says once what it waits for after this long."""
+"""A wait says once what it waits for after this long."""
 
 
 class Waiter(Protocol):
@@ -119,9 +120,8 @@ class Future(Generic[T]):
         False when it is done already."""
         if not self._settle(None, None, cancelled=True):
             return False
-        if self._mailbox.on_loop_thread():
-            self._abandon(self._calls)
-        else:
+        with contextlib.suppress(Closed):  # and its calls have ended with the loop
+            # Behind what another thread may have posted: a call that is still to be made.
             self._mailbox.post(self._abandon, self._calls)
         return True
 
@@ -167,7 +167,8 @@ class Future(Generic[T]):
         return self._settle(None, error)
 
     def then(self, change: Callable[[T], U]) -> Future[U]:
-        """A future of `change(result)`; errors pass, and cancelling it cancels this one."""
+        """A future of `change(result)`, or of what that raises; errors pass, and cancelling it cancels
+        this one. `change` is called as callbacks are."""
 
         def settle(done: Future[T]) -> None:
             if done._cancelled:
@@ -175,7 +176,10 @@ class Future(Generic[T]):
             elif done.exception() is not None:
                 changed._settle(None, done._error)
             else:
-                changed._settle(change(done._value), None)
+                try:
+                    changed._settle(change(done._value), None)
+                except Exception as error:  # noqa: BLE001 - user code: what it raises is the result
+                    changed._settle(None, error)
 
         def abandon(_: Sequence[Outgoing]) -> None:
             self.cancel()
@@ -237,7 +241,7 @@ class Future(Generic[T]):
         if gate.acquire(timeout=patience):
             return
         if timeout is None or timeout > SAY_AFTER_S:
-            logger.warning("waiting for %g s for %s", SAY_AFTER_S, self._describe())
+            self._say_waiting()
             if gate.acquire(timeout=-1 if timeout is None else max(0.0, timeout - patience)):
                 return
         with self._lock:
@@ -264,6 +268,7 @@ class Future(Generic[T]):
                 logger.debug("the loop that awaited %s is closed", self._describe())
 
         self.add_done_callback(wake_from_afar)
+        long = loop.call_later(SAY_AFTER_S, self._say_waiting)
         waiter = current_waiter.get()
         if waiter is not None:
             waiter.wait_begins(self._calls)
@@ -273,5 +278,9 @@ class Future(Generic[T]):
             self.cancel()
             raise
         finally:
+            long.cancel()
             if waiter is not None:
                 waiter.wait_ends(self._calls)
+
+    def _say_waiting(self) -> None:
+        logger.warning("waiting for %g s for %s", SAY_AFTER_S, self._describe())

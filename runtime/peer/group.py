@@ -1,106 +1,28 @@
-"""The members of a role, and calling them: one, all, or rank 0.
+"""The members of a role, or of several, and the ways to call them: all, one, the least busy, in pieces.
 
-A member is known by name, from the plan: it need not run yet, and after a restart the same object
-reaches the new process. Arguments are encoded once, on the caller's thread, so that what cannot be
-sent is refused before anything is; the calls themselves are made on the peer loop.
+Arguments are encoded once, on the caller's thread; what they are for each member is decided in `batch`,
+who waits for the answers in `gather`, `balance`, `sequence` and `feed`.
 """
 
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
-from runtime.errors import (
-    CallGroupError,
-    Failure,
-    MisuseError,
-    PeerLostError,
-    RuntimeFault,
-    Timeout,
-    nearest,
-)
+from runtime.errors import CallGroupError, MisuseError, RuntimeFault, Timeout, nearest
 from runtime.job import ActorInfo
-from runtime.peer import context
-from runtime.peer.calls import Outgoing
-from runtime.peer.endpoint import PING, Endpoint
+from runtime.peer import batch, context, gather
+from runtime.peer.actor import Method, RoleActor
+from runtime.peer.balance import Balanced
+from runtime.peer.calls import DEFAULT, CallOptions, Outgoing
+from runtime.peer.endpoint import PING
+from runtime.peer.feed import Feed, Source, Stream
 from runtime.peer.future import Future
 from runtime.peer.method import rpc_name
+from runtime.peer.sequence import FutureSequence, Part, piece_check
 from runtime.wire.codec import Encoded, encode_arguments
-
-Method = str | Callable[..., Any]
-
-
-def checked_timeout(timeout: float | None) -> float | None:
-    """`timeout` if it is one; else `MisuseError`."""
-    if timeout is None or (
-        isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and timeout > 0
-    ):
-        return timeout
-    raise MisuseError(f"timeout={timeout!r}: allowed are seconds above 0, or None for no limit")
-
-
-class RoleActor:
-    """One member of a role: `name` ("actor-3"), `role`, `rank`, and `info` with all the plan says."""
-
-    def __init__(self, info: ActorInfo, endpoint: Endpoint, timeout: float | None = None) -> None:
-        self.info = info
-        self._endpoint = endpoint
-        self._timeout = timeout
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def role(self) -> str:
-        return self.info.role
-
-    @property
-    def rank(self) -> int:
-        return self.info.rank
-
-    def options(self, *, timeout: float | None = None) -> RoleActor:
-        """The same member, called with a deadline of `timeout` seconds."""
-        return RoleActor(self.info, self._endpoint, checked_timeout(timeout))
-
-    def call(self, method: Method, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call `method` (a name or a function). A member that is still starting is waited for.
-
-        Raises `MisuseError` for arguments that cannot be sent. The future fails with `RemoteError`
-        (what the handler raised, and an instance of its class), `NotExposedError`, `ArgumentError`,
-        `PeerLostError` or `Timeout`.
-        """
-        name = rpc_name(method)
-        encoded = encode_arguments(args, kwargs)
-        calls: list[Outgoing] = []
-        future = _future(self._endpoint, name, self.name, calls)
-        _on_loop(self._endpoint, lambda: self._start_call(name, encoded, calls, _One(future)))
-        return future
-
-    def _start_call(
-        self, name: str, encoded: Encoded, calls: list[Outgoing], waiter: _One | _Member
-    ) -> None:
-        """On the loop: make the call, and note it in `calls`. For this module."""
-        try:
-            caller = self._endpoint.caller
-            calls.append(caller.call(self.name, name, encoded, waiter, self._timeout))
-        except RuntimeFault as error:
-            waiter.failed(None, error)
-
-    def cast(self, method: Method, /, *args: Any, **kwargs: Any) -> None:
-        """Call `method` one way: nobody hears whether it arrived or what came of it."""
-        name, encoded = rpc_name(method), encode_arguments(args, kwargs)
-        _on_loop(self._endpoint, lambda: self._endpoint.caller.cast(self.name, name, encoded))
-
-    def ping(self) -> Future[float]:
-        """The seconds that a call there and back takes; waits while the member starts."""
-        begun = time.monotonic()
-        return self.call(PING).then(lambda _: time.monotonic() - begun)
-
-    def __repr__(self) -> str:
-        return f"RoleActor({self.name!r})"
 
 
 class RoleGroup(Sequence[RoleActor]):
@@ -108,7 +30,8 @@ class RoleGroup(Sequence[RoleActor]):
     `RoleGroup("agents", roles=["actor", "learner"])` with the roles as given, then by rank.
 
     Raises `MisuseError` for a role that the job does not have; with `optional=True` the group is
-    empty then. Indexing gives a `RoleActor`, slicing a group.
+    empty then. Indexing gives a `RoleActor`, slicing a group. What is called is given by name or as a
+    function; arguments that cannot be sent are a `MisuseError` before anything is sent.
     """
 
     def __init__(
@@ -127,15 +50,26 @@ class RoleGroup(Sequence[RoleActor]):
             for role in wanted
             for info in _members(here.directory, role, optional)
         ]
+        self._options = DEFAULT
         self._return_exceptions = False
+        self._turn = itertools.count(here.endpoint.caller.sent)
 
     def options(
-        self, *, timeout: float | None = None, return_exceptions: bool = False
+        self,
+        *,
+        timeout: float | None = None,
+        retry: int = 0,
+        idempotent: bool = False,
+        return_exceptions: bool = False,
     ) -> RoleGroup:
-        """The same members, called with a deadline of `timeout` seconds each; `return_exceptions`:
-        failures stand in the list of results instead of being raised together."""
+        """The same members, called with these options and no others: a deadline of `timeout` seconds; an `idempotent` call is
+        sent again up to `retry` times when a member dies before it answers, to its next start.
+        `return_exceptions`: failures stand among the results instead of being raised together."""
         group = copy.copy(self)
-        group._actors = [actor.options(timeout=timeout) for actor in self._actors]
+        group._options = gather.checked_options(timeout, retry, idempotent)
+        group._actors = [
+            RoleActor(actor.info, self._endpoint, group._options) for actor in self._actors
+        ]
         group._return_exceptions = return_exceptions
         return group
 
@@ -166,39 +100,142 @@ class RoleGroup(Sequence[RoleActor]):
     def __repr__(self) -> str:
         return f"RoleGroup({self.name!r}, {len(self)} members)"
 
-    # -- calling ------------------------------------------------------------------------------
+    # -- calling all --------------------------------------------------------------------------
 
-    def call(self, method: Method, /, *args: Any, **kwargs: Any) -> Future[list[Any]]:
-        """Call `method` of every member with the same arguments; results in order.
+    def call(
+        self, method: Method, /, *args: Any, _scatter: bool = False, **kwargs: Any
+    ) -> Future[list[Any]]:
+        """Call `method` of every member with the same arguments; results in order. `_scatter`: each
+        argument is a list of as many items as there are members, one for each.
 
         Failures come together when all have answered or failed, as one `CallGroupError` that names
         each member (or stand in the list, see `options`). An empty group gives [].
         """
-        if "_scatter" in kwargs:
-            raise MisuseError("call(_scatter=...): scattering arguments is not there yet")
         name = rpc_name(method)
-        encoded = encode_arguments(args, kwargs)
-        calls: list[Outgoing] = []
-        future = _future(self._endpoint, name, f"role {self.name}", calls)
-        gather = _All(future, self._actors, name, self._return_exceptions)
-        _on_loop(self._endpoint, lambda: self._start_all(gather, name, encoded, calls))
-        return future
+        if not _scatter:
+            return self._call_all(name, encode_arguments(args, kwargs))
+        given = batch.scattered(len(self), args, kwargs)
+        parcels = [encode_arguments(own, named) for own, named in given]
+        options = gather.here(self._options)
+        return self._gathered(
+            name,
+            [self._prepared([actor], parcel) for actor, parcel in zip(self, parcels, strict=True)],
+            options,
+        )
 
-    def call_rank0(self, method: Method, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call `method` of the first member only."""
-        if not self._actors:
-            raise MisuseError(f"{self!r}.call_rank0({rpc_name(method)!r}): the group is empty")
-        return self[0].call(method, *args, **kwargs)
+    def broadcast(
+        self,
+        state_dict: Mapping[str, Any],
+        method: Method = "load_weights",
+        *,
+        version: int | None = None,
+    ) -> Future[list[Any]]:
+        """Give weights to every member: `method(state_dict)` is called once in each, or
+        `method(state_dict, version=version)` where a version is given. What it returns comes in order.
+
+        The tensors are serialized once and copied once a host; each member gets views of its own, to
+        keep and to write to. They are taken as they are now, except those that the host's shared
+        memory has no room for: do not change these before the future is done.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise MisuseError(
+                f"broadcast({type(state_dict).__name__}): give a state dict, tensors by name"
+            )
+        # A plain dict: an `OrderedDict` as modules make it would travel as one pickle.
+        named = {} if version is None else {"version": version}
+        return self._call_all(rpc_name(method), encode_arguments([dict(state_dict)], named))
 
     def cast(self, method: Method, /, *args: Any, **kwargs: Any) -> None:
         """Call `method` of every member one way."""
-        name, encoded = rpc_name(method), encode_arguments(args, kwargs)
+        name = rpc_name(method)
+        parcel = self._prepared(self._actors, encode_arguments(args, kwargs))
 
         def send() -> None:
             for actor in self._actors:
-                self._endpoint.caller.cast(actor.name, name, encoded)
+                self._endpoint.caller.cast(actor.name, name, parcel)
 
-        _on_loop(self._endpoint, send)
+        gather.on_loop(self._endpoint, send)
+
+    def stream(self, method: Method, /, *args: Any, **kwargs: Any) -> Stream[tuple[int, Any]]:
+        """Call `method` of every member: (rank, result) as they arrive, for `for` or `async for`; of a
+        generator method (rank, item) for each item. The rank is the member's place in this group.
+
+        What members fail with is raised together after the results of the others, or comes as a result
+        (see `options`). Closing or dropping the stream gives up what has not arrived.
+        """
+        name, options = rpc_name(method), gather.here(self._options)
+        parcel = self._prepared(self._actors, encode_arguments(args, kwargs))
+        infos = [actor.info for actor in self._actors]
+        feed = Feed[tuple[int, Any]](
+            self._endpoint,
+            name,
+            f"role {self.name}",
+            len(infos),
+            lambda errors: gather.group_error(name, infos, errors, {}),
+        )
+        request = name, parcel, options
+        feed.open(
+            (info.name, Source(feed, rank, self._wrap(rank), self._return_exceptions), request)
+            for rank, info in enumerate(infos)
+        )
+        return Stream(feed)
+
+    # -- calling some -------------------------------------------------------------------------
+
+    def call_rank0(self, method: Method, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call `method` of the first member only."""
+        self._refuse_empty("call_rank0", method)
+        return self[0].call(method, *args, **kwargs)
+
+    def call_any(self, method: Method, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call `method` of the member that has the fewest calls of this process to answer; equals take
+        turns. An `idempotent` call (see `options`) moves on when its member is lost."""
+        self._refuse_empty("call_any", method)
+        name, options = rpc_name(method), gather.here(self._options)
+        first = next(self._turn) % len(self)
+        names = [actor.name for actor in (*self._actors[first:], *self._actors[:first])]
+        likely = min(names, key=self._endpoint.caller.table.load)
+        parcel = gather.prepared(
+            self._endpoint, [likely], encode_arguments(args, kwargs), self._options
+        )
+        calls: list[Outgoing] = []
+        future = gather.future_of(self._endpoint, name, f"any of {self.name}", calls)
+        request = name, parcel, options
+        gather.on_loop(
+            self._endpoint, Balanced(self._endpoint, names, request, future, calls).start
+        )
+        return future
+
+    def call_batch(
+        self, method: Method, size: int, /, *args: Any, **kwargs: Any
+    ) -> FutureSequence[Any]:
+        """Cut a batch of `size` items into pieces of ceil(size / members), and call each member that
+        gets one with its piece; the results are one sequence of `size` items.
+
+        Sequences, tensors, arrays and `BatchedDataDict`s are cut (tensors along dim 0) and must be
+        `size` long, else `MisuseError`; texts, bytes, dicts and `Whole(x)` go whole to each. `method`
+        returns a sequence as long as its piece.
+        """
+        self._refuse_empty("call_batch", method)
+        name = rpc_name(method)
+        pieces = batch.pieces(size, len(self), args, kwargs)
+        members = self._actors[: len(pieces)]
+        parcels = [encode_arguments(piece.args, piece.kwargs) for piece in pieces]
+        options = gather.here(self._options)
+        requests = [
+            (name, self._prepared([actor], parcel), options)
+            for actor, parcel in zip(members, parcels, strict=True)
+        ]
+        parts, starts = [], []
+        for actor, piece, request in zip(members, pieces, requests, strict=True):
+            calls: list[Outgoing] = []
+            future = gather.future_of(self._endpoint, name, actor.name, calls)
+            parts.append(Part(piece.start, piece.stop, actor.info, future))
+            waiter = gather.One(future, piece_check(name, actor.info, piece))
+            starts.append((actor.name, request, waiter, calls))
+        together: list[Outgoing] = []
+        gather.on_loop(self._endpoint, self._start, starts, together)
+        return FutureSequence(self._endpoint, name, parts, together, self._return_exceptions)
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Return once every member answers calls. Raises `Timeout` naming who does not yet, and what
@@ -215,6 +252,8 @@ class RoleGroup(Sequence[RoleActor]):
         except CallGroupError as error:
             raise self._not_ready(error, timeout) from error
 
+    # -- inside -------------------------------------------------------------------------------
+
     def _not_ready(self, error: CallGroupError, timeout: float | None) -> RuntimeFault:
         worse = [cause for cause in error.exceptions if not isinstance(cause, Timeout)]
         if worse or timeout is None:
@@ -222,102 +261,46 @@ class RoleGroup(Sequence[RoleActor]):
         late = ", ".join(f"{failure.role}-{failure.rank}" for failure in error.failures)
         return Timeout(f"{self!r} is not ready after {timeout:g} s; no answer from {late}", timeout)
 
-    def _start_all(self, gather: _All, name: str, encoded: Encoded, calls: list[Outgoing]) -> None:
+    def _refuse_empty(self, form: str, method: Method) -> None:
         if not self._actors:
-            gather.finish()
-        for index, actor in enumerate(self._actors):
-            actor._start_call(name, encoded, calls, _Member(gather, index))
+            raise MisuseError(f"{self!r}.{form}({rpc_name(method)!r}): the group is empty")
 
+    def _prepared(self, actors: Sequence[RoleActor], parcel: Encoded) -> Encoded:
+        targets = [actor.name for actor in actors]
+        return gather.prepared(self._endpoint, targets, parcel, self._options)
 
-# who waits for the answers, on the loop
+    def _call_all(self, name: str, parcel: Encoded) -> Future[list[Any]]:
+        parcel = self._prepared(self._actors, parcel)
+        return self._gathered(name, [parcel] * len(self), gather.here(self._options))
 
+    def _gathered(
+        self, name: str, parcels: Sequence[Encoded], options: CallOptions
+    ) -> Future[list[Any]]:
+        calls: list[Outgoing] = []
+        future = gather.future_of(self._endpoint, name, f"role {self.name}", calls)
+        infos = [actor.info for actor in self._actors]
+        together = gather.All(future, infos, name, self._return_exceptions)
+        if not infos:
+            together.finish()
+        starts = [
+            (info.name, (name, parcel, options), gather.Member(together, place), calls)
+            for place, (info, parcel) in enumerate(zip(infos, parcels, strict=True))
+        ]
+        gather.on_loop(self._endpoint, self._start, starts)
+        return future
 
-class _One:
-    """A call whose answer is the future's."""
-
-    def __init__(self, future: Future[Any]) -> None:
-        self._future = future
-
-    def answered(self, call: Outgoing, value: Any) -> None:
-        self._future.set_result(value)
-
-    def failed(self, call: Outgoing | None, error: Exception) -> None:
-        self._future.set_exception(error)
-
-
-class _All:
-    """The answers of all members, one future."""
-
-    def __init__(
+    def _start(
         self,
-        future: Future[list[Any]],
-        actors: Sequence[RoleActor],
-        method: str,
-        return_exceptions: bool,
+        starts: Sequence[tuple[str, gather.Request, Any, list[Outgoing]]],
+        together: list[Outgoing] | None = None,
     ) -> None:
-        self._future = future
-        self._actors = actors
-        self._method = method
-        self._return_exceptions = return_exceptions
-        self._results: list[Any] = [None] * len(actors)
-        self._errors: dict[int, Exception] = {}
-        self._left = len(actors)
+        for target, request, waiter, calls in starts:
+            gather.start(self._endpoint, target, request, waiter, calls)
+            if together is not None:
+                together += calls
 
-    def take(self, index: int, value: Any, error: Exception | None) -> None:
-        """The answer of member `index`."""
-        if error is None or self._return_exceptions:
-            self._results[index] = value if error is None else error
-        else:
-            self._errors[index] = error
-        self._left -= 1
-        if not self._left:
-            self.finish()
-
-    def finish(self) -> None:
-        """All have answered."""
-        if self._errors:
-            self._future.set_exception(self._failure())
-        else:
-            self._future.set_result(self._results)
-
-    def _failure(self) -> CallGroupError:
-        failures = []
-        for index, error in sorted(self._errors.items()):
-            info = self._actors[index].info
-            cause = error.cause if isinstance(error, PeerLostError) else _headline(error)
-            failures.append(Failure(info.role, info.rank, info.host, cause, (), error))
-        told = "; ".join(f"{f.role}-{f.rank}: {f.cause}" for f in failures[:8])
-        more = f"; and {len(failures) - 8} more" if len(failures) > 8 else ""
-        partial = {i: r for i, r in enumerate(self._results) if i not in self._errors}
-        return CallGroupError(
-            f"{self._method}() failed in {len(failures)} of {len(self._actors)} members: {told}{more}",
-            [self._errors[index] for index in sorted(self._errors)],
-            failures,
-            partial,
-        )
-
-
-class _Member:
-    """Hands the answer of one member to the `_All` of its call."""
-
-    __slots__ = ("_all", "_index")
-
-    def __init__(self, all: _All, index: int) -> None:
-        self._all = all
-        self._index = index
-
-    def answered(self, call: Outgoing, value: Any) -> None:
-        self._all.take(self._index, value, None)
-
-    def failed(self, call: Outgoing | None, error: Exception) -> None:
-        self._all.take(self._index, None, error)
-
-
-def _on_loop(endpoint: Endpoint, work: Callable[[], None]) -> None:
-    if endpoint.mailbox.on_loop_thread():
-        work()
-    else:
-        endpoint.mailbox.post(work)
+    def _wrap(self, rank: int) -> Any:
+        return lambda item: (rank, item)
 
 
 def _members(directory: context.Directory, role: str, optional: bool) -> list[ActorInfo]:
@@ -328,28 +311,3 @@ def _members(directory: context.Directory, role: str, optional: bool) -> list[Ac
         near = nearest(str(role), roles, quoted=True)
         raise MisuseError(f"the job has no role {role!r}{near}; its roles are: {known}")
     return list(found or ())
-
-
-def _future(endpoint: Endpoint, method: str, target: str, calls: list[Outgoing]) -> Future[Any]:
-    """The result of `calls`, which are still to be made."""
-    caller = endpoint.caller
-
-    def describe() -> str:
-        open_calls = [call for call in list(calls) if call in caller.table]
-        text = f"the result of {method}() of {target}"
-        if not open_calls:
-            return text
-        waits = "; ".join(f"{call.target}: {caller.why(call)}" for call in open_calls[:4])
-        more = f"; and {len(open_calls) - 4} more" if len(open_calls) > 4 else ""
-        return f"{text}: no answer yet from {waits}{more}"
-
-    def abandon(given_up: Iterable[Outgoing]) -> None:
-        for call in given_up:
-            caller.abandon(call)
-
-    return Future(endpoint.mailbox, calls, describe, abandon)
-
-
-def _headline(error: Exception) -> str:
-    reason = error.reason if isinstance(error, RuntimeFault) else str(error)
-    return reason.partition("\n")[0]

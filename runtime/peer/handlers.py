@@ -1,47 +1,35 @@
-"""Executing the calls that come in: async handlers on the loop, plain ones on their thread.
+"""The calls that come in: found, run once, answered to whoever made them, over when nobody waits any more.
 
-    call comes in ─ looked up ─┬─ async ── (its lane, with `concurrency`) ── first step ── Task
-                               └─ plain ── the plain lane ── handler thread ── back to the loop
     over when ── answered, cancelled by the caller, past its deadline, or the caller is lost
 
-*Over* and *ended* are two things: a call that is over gets no answer any more, while its handler may
-still run (a plain one cannot be stopped) and holds its place in the lane until it has ended.
+How a caller's calls outlive its links stands in `clients`, how handlers run in `execution`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from contextvars import Context, copy_context
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-from runtime.errors import (
-    ArgumentError,
-    Closed,
-    MisuseError,
-    NotExposedError,
-    RuntimeFault,
-    WireError,
-)
-from runtime.peer.calls import OVER, RUNNING, Incoming, Lane, Owner
+from runtime.errors import MisuseError, NotExposedError, PeerLostError, RuntimeFault
+from runtime.peer.calls import OVER, Incoming, Owner
+from runtime.peer.clients import GRACE_S, Client, Clients
 from runtime.peer.cycles import CycleWatch
-from runtime.peer.future import current_waiter
+from runtime.peer.execution import Execution, Refused, encode, label
+from runtime.peer.flow import size_of
 from runtime.peer.mailbox import Mailbox
-from runtime.peer.method import Exported, Exports, misfit
-from runtime.peer.running import Running
-from runtime.peer.threads import PlainRunner, ThreadRunner
+from runtime.peer.method import Exported, Exports
+from runtime.peer.streams import Stream
+from runtime.peer.threads import PlainRunner
 from runtime.peer.timers import Timers
-from runtime.transport.base import Link
+from runtime.transport.base import Link, Record
 from runtime.wire import codec, messages
 
 logger = logging.getLogger(__name__)
 
 
 class Handlers:
-    """The calls that run or queue in this process. Everything here is called on the loop's thread,
-    except what says otherwise."""
+    """The calls that run or queue in this process. Everything here is called on the loop's thread."""
 
     def __init__(
         self,
@@ -54,17 +42,12 @@ class Handlers:
     ) -> None:
         self._owner = owner
         self._exports = exports
-        self._mailbox = mailbox
         self._loop = mailbox.loop
         self._timers = timers
-        self._runner = runner
-        self._prepare = prepare
-        self._calls: dict[Link, dict[int, Incoming]] = {}
-        self._plain = Lane(1)
-        self._lanes: dict[str, Lane] = {}
-        self._pools: dict[str, ThreadRunner] = {}
-        self._cycles = CycleWatch(owner, self._plain, mailbox.loop, self._fail_queued)
-        self._suspended: dict[Running, None] = {}
+        self._clients = Clients(mailbox.loop)
+        self._execution = Execution(owner, mailbox, runner, prepare, self)
+        self._cycles = CycleWatch(owner, self._execution.plain, mailbox.loop, self._fail_queued)
+        self.queued, self.blocked = self._cycles.queued, self._cycles.blocked
         self._closed = False
         self.received = self.errors = 0
 
@@ -72,312 +55,222 @@ class Handlers:
 
     def call(self, link: Link, message: messages.Call) -> None:
         """A call came in."""
-        if self._closed:
-            return  # its caller has been told
+        client = self._clients.of_calls(link)
+        if client is None or self._closed:
+            return  # its caller has been told, or asks again
+        id, method, body, buffers, deadline_s, stream = message
         self.received += 1
+        if id in client.calls or id in client.kept:
+            logger.warning("%s used the call id %d twice", link.peer, id)
+            return
+        if id > client.last:  # not `max`: this is done for every call
+            client.last = id
+        size = size_of(body, buffers)
+        if client.cancelled and id in client.cancelled:
+            del client.cancelled[id]
+            client.release(id, size)
+            return
         try:
-            exported = self._exports.find(message.method)
-        except NotExposedError as error:
-            self._refuse(link, message.id, error)
+            exported = self._exports.find(method)
+            if exported.stream and not stream:
+                raise self._is_stream(exported)
+        except (NotExposedError, MisuseError) as error:
+            self._refuse(client, id, error)
             return
-        calls = self._calls.get(link)
-        if calls is None:
-            calls = self._calls[link] = {}
-        elif message.id in calls:
-            logger.warning("%s used the call id %d twice", link.peer, message.id)
-            return
-        call = Incoming(link, message.id, exported, (message.body, message.buffers))
-        calls[message.id] = call
-        if message.deadline_s is not None:
-            call.deadline = self._loop.time() + message.deadline_s
+        call = Incoming(client, id, exported, (body, buffers), size)
+        if stream:
+            call.stream = Stream(call)
+        client.calls[id] = call
+        if deadline_s is not None:
+            call.deadline = self._loop.time() + deadline_s
             self._timers.add(call)
-        self._take(call)
+        self._execution.take(call)
 
     def cast(self, link: Link, message: messages.Cast) -> None:
         """A one-way call came in. It runs even when its caller is gone by then."""
-        if self._closed:
+        client = self._clients.of_calls(link)
+        if client is None or self._closed:
             return
         self.received += 1
+        size = size_of(message.body, message.buffers)
         try:
             exported = self._exports.find(message.method)
-        except NotExposedError as error:
+            if exported.stream:
+                raise self._is_stream(exported)
+        except (NotExposedError, MisuseError) as error:
             logger.warning("one-way call of %s: %s", link.peer, error)
             self.errors += 1
+            client.release(0, size)
             return
-        self._take(Incoming(link, 0, exported, (message.body, message.buffers)))
+        self._execution.take(Incoming(client, 0, exported, (message.body, message.buffers), size))
 
     def cancel(self, link: Link, message: messages.Cancel) -> None:
         """The caller gave up."""
-        call = self._calls.get(link, {}).get(message.id)
+        client = self._clients.of(link)
+        call = client.cancels(link, message.id) if client is not None else None
         if call is not None:
             self.give_up(call)
 
-    def lost(self, link: Link) -> None:
-        """The caller is gone: nobody awaits its calls."""
-        for call in list(self._calls.pop(link, {}).values()):
+    def more(self, link: Link, message: messages.More) -> None:
+        """The consumer of a stream has room for more."""
+        client = self._clients.of(link)
+        call = client.calls.get(message.id) if client is not None else None
+        if call is not None and call.stream is not None:
+            self._execution.used(call, message.used)
+
+    def probe(self, link: Link, message: messages.Probe) -> None:
+        """Another process asks what one of its calls waits for."""
+        client = self._clients.of(link)
+        call = client.calls.get(message.subject) if client is not None else None
+        if call is not None:
+            self._cycles.asked(call, message)
+
+    def acknowledged(self, link: Link, message: messages.Ack) -> None:
+        """The caller has these answers."""
+        client = self._clients.of_calls(link)
+        if client is not None:
+            client.acknowledged(message.ids)
+
+    def resume(self, link: Link, message: messages.Resume) -> None:
+        """A caller whose link was lost goes on by another one."""
+        client = self._clients.resumes(link, message.epoch)
+        if client is None or self._closed:
+            return
+        awaited = set(message.ids)
+        for call in list(client.calls.values()):
+            if call.id not in awaited:
+                self.give_up(call)
+        for id in client.resume(link, message.epoch, message.ids):
+            reason = (
+                f"{self._owner.name} does not have this call (any more): the connection of its "
+                f"caller was lost, perhaps for more than {GRACE_S:g} s"
+            )
+            error = PeerLostError(reason, self._owner.peer, cause="connection lost")
+            self._refuse(client, id, error)
+
+    # -- over ---------------------------------------------------------------------------------
+
+    def lost(self, link: Link) -> bool:
+        """A caller's link has ended. It may come back; True when that matters to calls of its."""
+        client = self._clients.lost(link)
+        if client is None:
+            return False
+        client.lost(self._give_up_all)
+        for call in [call for call in client.calls.values() if call.stream is not None]:
+            self.give_up(call)
+        return bool(client.calls)
+
+    def gone(self, peer: str) -> None:
+        """The process `peer` will not come back: nobody awaits its calls."""
+        client = self._clients.gone(peer)
+        if client is not None:
+            self._give_up_all(client)
+
+    def _give_up_all(self, client: Client) -> None:
+        client.end_grace()
+        client.kept.clear()
+        for call in list(client.calls.values()):
             self.give_up(call)
 
     def give_up(self, call: Incoming) -> None:
         """Nobody awaits `call` any more: a queued one never starts, an async handler is cancelled."""
         if call.state == OVER:
             return
-        started = call.lane is None or not call.lane.claim(call)
         self._over(call)
-        if started and isinstance(call.task, Running):
-            call.task.cancel()
-
-    def probe(self, link: Link, message: messages.Probe) -> None:
-        """Another process asks what one of its calls waits for."""
-        call = self._calls.get(link, {}).get(message.subject)
-        if call is not None:
-            self._cycles.asked(call, message)
+        if call.size:
+            self.release(call)
+        self._execution.stop(call)
 
     def running(self) -> int:
         """Calls that came in and are not over."""
-        return sum(map(len, self._calls.values()))
+        return sum(len(client.calls) for client in self._clients.all())
 
-    def queued(self) -> int:
+    def waiting(self) -> int:
         """Calls that wait for their turn."""
-        return len(self._plain) + sum(map(len, self._lanes.values()))
+        return self._execution.queued()
+
+    def unsent(self, peer: str | None = None) -> int:
+        """Bytes of answers to `peer`, or to anybody, that have not left yet."""
+        return self._clients.unsent(peer)
 
     async def close(self) -> None:
         """Cancel what runs, and return once the async handlers have ended."""
         self._closed = True
         self._cycles.close()
-        for link, calls in list(self._calls.items()):
-            if calls:
-                link.send(messages.encode_goodbye("it closed its endpoint"))
-            self.lost(link)
-        for pool in self._pools.values():
-            pool.stop()
-        for running in list(self._suspended):
-            running.cancel()
-        tasks = [running.task for running in self._suspended if running.task is not None]
-        if tasks:
-            await asyncio.wait(tasks)
+        for client in self._clients.all():
+            if client.calls and client.link is not None:
+                client.link.send(messages.encode_goodbye("it closed its endpoint"))
+            self._give_up_all(client)
+            client.close()
+        await self._execution.close()
 
-    # -- starting -----------------------------------------------------------------------------
+    # -- from the execution -------------------------------------------------------------------
 
-    def _take(self, call: Incoming) -> None:
-        exported: Exported = call.exported
-        if not exported.is_async:
-            self._queue_plain(call, exported)
-        elif exported.concurrency is None:
-            self._step(call)
-        else:
-            lane = self._lanes.get(exported.name)
-            if lane is None:
-                lane = self._lanes[exported.name] = Lane(exported.concurrency)
-            lane.queue(call)
-            self._advance(lane)
+    def release(self, call: Incoming) -> None:
+        """`call` waits here no longer: its caller may send as much again."""
+        size, call.size = call.size, 0
+        if size:
+            call.client.release(call.id, size)
 
-    def _advance(self, lane: Lane) -> None:
-        while not self._closed and (call := lane.next()) is not None:
-            if lane.start(call):
-                self._step(call)
-
-    def _queue_plain(self, call: Incoming, exported: Exported) -> None:
-        if exported.concurrency is None or exported.concurrency == 1:
-            lane, runner = self._plain, self._runner
-        else:
-            lane, runner = self._own_threads(exported.name, exported.concurrency)
-        lane.queue(call)
-        runner.submit(partial(self._run_plain, lane, call))
-        if lane is self._plain:
-            self._cycles.queued()
-
-    def _own_threads(self, name: str, count: int) -> tuple[Lane, PlainRunner]:
-        if name not in self._pools:
-            self._lanes[name] = Lane(count)
-            self._pools[name] = ThreadRunner(f"rpc-{name}", threads=count, prepare=self._prepare)
-        return self._lanes[name], self._pools[name]
-
-    # -- async handlers -----------------------------------------------------------------------
-
-    def _step(self, call: Incoming) -> None:
-        if asyncio.current_task(self._loop) is not None:
-            # Another handler's task ends here and makes room for this one: that is its step, not ours.
-            self._loop.call_soon(self._step, call)
-        elif call.state == OVER:
-            self._ended(call)
-        else:
-            call.state = RUNNING
-            # A context of its own, as a task has: what a handler sets must not leak into the next.
-            context = copy_context()
-            context.run(self._first_step, call, context)
-
-    def _first_step(self, call: Incoming, context: Context) -> None:
-        running = call.task = Running(call, self._loop, self._cycles.blocked)
-        current_waiter.set(running)
-        try:
-            args, kwargs = _arguments(self._owner, call)
-            work = _enter(self._owner, call.exported, args, kwargs)
-            done, value = running.step(work)
-        except BaseException as error:  # noqa: BLE001 - whatever user code raises is the caller's
-            self._answer(call, None, error)
-            self._ended(call)
-            return
-        if done:
-            self._answer(call, value, None)
-            self._ended(call)
-            return
-        self._suspended[running] = None
-        running.task = asyncio.Task(
-            self._rest(running, work, value),
-            loop=self._loop,
-            name=running.get_name(),
-            context=context,
-        )
-
-    async def _rest(self, running: Running, work: Coroutine[Any, Any, Any], first: Any) -> None:
-        call = running.call
-        try:
-            value = await running.rest(work, first)
-        except BaseException as error:  # noqa: BLE001 - as above; our own cancel ends here, too
-            self._answer(call, None, error)
-        else:
-            self._answer(call, value, None)
-        del self._suspended[running]
-        self._ended(call)
-
-    # -- plain handlers -----------------------------------------------------------------------
-
-    def _run_plain(self, lane: Lane, call: Incoming) -> None:
-        """On a handler thread: run one call, unless it was removed from the queue."""
-        if not lane.start(call):
-            return
-        value, error, done = None, None, self._plain_done
-        try:
-            if call.deadline is None or call.deadline > self._loop.time():
-                value = copy_context().run(self._execute, call)
-            else:
-                done = self._too_late  # the loop had no time to take it out of the queue
-        except BaseException as raised:  # noqa: BLE001 - whatever user code raises is the caller's
-            error = raised
-        lane.finish(call)
-        try:
-            self._mailbox.post(done, call, value, error)
-        except Closed:
-            logger.debug("%s ended after its process's node", _label(self._owner, call))
-        if isinstance(error, (SystemExit, KeyboardInterrupt)):
-            raise error  # answered; but the thread (the main one, perhaps) is to hear of it, too
-
-    def _execute(self, call: Incoming) -> codec.Encoded:
-        running = call.task = Running(call, self._loop, self._blocked_thread)
-        current_waiter.set(running)
-        args, kwargs = _arguments(self._owner, call)
-        return _encode(self._owner, call, _enter(self._owner, call.exported, args, kwargs))
-
-    def _plain_done(self, call: Incoming, value: Any, error: BaseException | None) -> None:
-        call.task = None
-        self._answer(call, value, error)
-
-    def _too_late(self, call: Incoming, value: Any, error: BaseException | None) -> None:
-        self.give_up(call)
-
-    # -- both ---------------------------------------------------------------------------------
-
-    def _answer(self, call: Incoming, value: Any, error: BaseException | None) -> None:
+    def answer(self, call: Incoming, value: Any, error: BaseException | None) -> None:
+        """The handler of `call` gave `value`, or raised `error`."""
         if call.state == OVER:
             return
-        link, id = call.link, call.id
+        id = call.id
         self._over(call)
-        if error is None and id:
+        if not id:
+            self.release(call)
+        elif error is None:
             try:
-                parcel = (
-                    value if type(value) is codec.Encoded else _encode(self._owner, call, value)
-                )
-            except _Refused as refused:
+                if type(value) is not codec.Encoded:
+                    value = encode(self._owner, call, value)
+            except Refused as refused:
                 error = refused
             else:
-                link.send(messages.encode_result(id, parcel.body, parcel.buffers))
+                self._send(call, messages.encode_result(id, value.body, value.buffers))
         if error is not None:
             self._fail(call, error)
 
+    def _send(self, call: Incoming, record: Record) -> None:
+        client: Client = call.client
+        if call.stream is None:
+            client.answer(call.id, record)
+        elif client.link is not None:
+            client.link.send(record)  # behind its items
+
     def _fail(self, call: Incoming, error: BaseException) -> None:
         self.errors += 1
-        fault: BaseException = error.fault if isinstance(error, _Refused) else error
+        own = isinstance(error, Refused)
+        fault = error.fault if isinstance(error, Refused) else error
         if call.id:
-            encoded = codec.encode_error(fault, own=fault is not error)
-            call.link.send(messages.encode_error(call.id, *encoded))
+            encoded = codec.encode_error(fault, own=own, pickle=call.exported.pickle)
+            self._send(call, messages.encode_error(call.id, *encoded))
         else:
             logger.warning(
                 "one-way call of %s to %s failed",
-                call.link.peer,
-                _label(self._owner, call),
+                call.client.peer,
+                label(self._owner, call),
                 exc_info=fault,
             )
 
-    def _refuse(self, link: Link, id: int, error: RuntimeFault) -> None:
+    def _refuse(self, client: Client, id: int, error: RuntimeFault) -> None:
         self.errors += 1
-        link.send(messages.encode_error(id, *codec.encode_error(error, own=True)))
+        client.answer(id, messages.encode_error(id, *codec.encode_error(error, own=True)))
+
+    def _is_stream(self, exported: Exported) -> MisuseError:
+        name = f"{self._owner.name}.{exported.name}()"
+        return MisuseError(f"{name} is a generator: its items are taken with `stream`, not `call`")
 
     def _over(self, call: Incoming) -> None:
         """`call` needs no answer from now on."""
         call.state = OVER
-        calls = self._calls.get(call.link)
-        if calls is not None:
-            calls.pop(call.id, None)
+        call.client.calls.pop(call.id, None)
         if call.deadline is not None:
             self._timers.forget(call)
         if call.parked is not None:
             self._cycles.over(call)
 
-    def _ended(self, call: Incoming) -> None:
-        """The handler of an async `call` does not run any more: the next in its lane may."""
-        call.task = None
-        if call.lane is not None:
-            call.lane.finish(call)
-            self._advance(call.lane)
-
-    def _blocked_thread(self, call: Incoming) -> None:
-        """On a handler thread: the plain handler of `call` begins to wait."""
-        self._mailbox.post(self._cycles.blocked, call)
-
     def _fail_queued(self, call: Incoming, error: MisuseError) -> None:
         if call.lane is not None and call.lane.claim(call):
             self._over(call)
-            self._refuse(call.link, call.id, error)
-
-
-def _arguments(owner: Owner, call: Incoming) -> tuple[list[Any], dict[str, Any]]:
-    body, buffers = call.parcel
-    call.parcel = None
-    try:
-        return codec.decode_arguments(body, buffers, pickle=call.exported.pickle)
-    except WireError as error:
-        wrong = f"{_label(owner, call)}(): its arguments cannot be read there: {error}"
-        raise _Refused(ArgumentError(wrong)) from error
-
-
-def _enter(owner: Owner, exported: Exported, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    try:
-        return exported.function(*args, **kwargs)
-    except TypeError as error:
-        # Arguments that do not fit are found by calling: binding them first would cost every
-        # call. When nothing of the function ran, the traceback ends here.
-        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
-            raise
-        wrong = misfit(owner.name, exported, args, kwargs)
-        if wrong is None:
-            raise
-        raise _Refused(wrong) from None
-
-
-def _encode(owner: Owner, call: Incoming, value: Any) -> codec.Encoded:
-    try:
-        return codec.encode(value, what="its result")
-    except MisuseError as error:
-        raise _Refused(MisuseError(f"{_label(owner, call)}(): {error}")) from error
-
-
-def _label(owner: Owner, call: Incoming) -> str:
-    return f"{owner.name}.{call.exported.name}"
-
-
-class _Refused(RuntimeFault):
-    """The call failed by a fault of ours to tell, not by what a handler raised."""
-
-    def __init__(self, fault: RuntimeFault) -> None:
-        super().__init__(str(fault))
-        self.fault = fault
+            self._refuse(call.client, call.id, error)

@@ -25,6 +25,8 @@ class Mailbox:
         self._thread = threading.get_ident()
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._woken = False
+        self.delivering = False
+        """Does what runs on the loop now come from another thread?"""
 
     def on_loop_thread(self) -> bool:
         """Is the caller on the loop's own thread?"""
@@ -46,12 +48,14 @@ class Mailbox:
         # appended before it is found below.
         self._woken = False
         queue = self._queue
+        self.delivering = True
         for _ in range(len(queue)):
             work, args = queue.popleft()
             try:
                 work(*args)
             except Exception:  # what one message does wrong must not keep back the others
                 logger.exception("%r failed on the peer loop", work)
+        self.delivering = False
         if queue and not self._woken:
             self._woken = True
             self.loop.call_soon(self._deliver)

@@ -33,6 +33,15 @@ class Method(NamedTuple):
     export: bool = False
     concurrency: int | None = None
     pickle: bool = True
+    thread: bool = True
+
+
+class Named:
+    """Base of stubs (see `stub`): `function` has the name and the signature of what providers are to
+    export."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
 
 
 class _Declared:
@@ -59,18 +68,19 @@ def listen(listener: Callable[[Callable[..., Any]], None] | None) -> None:
 
 
 @overload
-def rpc(function: F, /) -> F: ...
-
-
-@overload
 def rpc(
-    name: str | None = None,
+    name: str | Named | None = None,
     /,
     *,
     export: bool = False,
     concurrency: int | None = None,
     pickle: bool = True,
+    thread: bool = True,
 ) -> Callable[[F], F]: ...
+
+
+@overload
+def rpc(function: F, /) -> F: ...
 
 
 def rpc(
@@ -80,23 +90,27 @@ def rpc(
     export: bool = False,
     concurrency: int | None = None,
     pickle: bool = True,
+    thread: bool = True,
 ) -> Any:
     """Mark a function or method as callable by other processes of the job.
 
-    `@rpc`, `@rpc()`, `@rpc("name")`, `@rpc(export=True)` and so on. Methods of the entry class, and
+    `@rpc`, `@rpc()`, `@rpc("name")`, `@rpc(export=True)` and so on. `@rpc(stub)` takes the name of a
+    stub (see `remote`), and checks the signature against it. Methods of the entry class, and
     functions of the entry module, are exported by themselves; elsewhere a top-level function says
     `export=True`.
 
     `async def` handlers run on the peer loop, side by side; `concurrency` bounds how many at once.
     Plain functions run one at a time, in arrival order; `concurrency=n` gives the method n threads
-    of its own. `pickle=False` refuses arguments that only pickle can carry. Calls of one caller
-    start in the order they were made, among plain functions and among async ones.
+    of its own; `thread=False` runs a quick one, that never waits, on the peer loop. Generators (both
+    kinds) are called with `stream`. `pickle=False` refuses arguments that only pickle can carry.
+    Calls of one caller start in the order they were made, among plain functions and among async ones.
 
-    Raises `MisuseError` for options that make no sense.
+    Raises `MisuseError` for options that make no sense, and for a signature that is not the stub's.
     """
-    if callable(name):
+    stub = name if isinstance(name, Named) else None
+    if stub is None and callable(name):
         return _mark(name, Method(_own_name(name)))
-    if name is not None and (not isinstance(name, str) or not name):
+    if stub is None and name is not None and (not isinstance(name, str) or not name):
         raise MisuseError(f"@rpc({name!r}): the name must be a text that is not empty")
     if concurrency is not None and (
         isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1
@@ -104,9 +118,58 @@ def rpc(
         raise MisuseError(f"@rpc(concurrency={concurrency!r}): allowed are whole numbers from 1")
 
     def decorate(function: F) -> F:
-        return _mark(function, Method(name or _own_name(function), export, concurrency, pickle))
+        if stub is not None:
+            _check_like(stub, function)
+        if not thread:
+            _check_quick(function, concurrency)
+        called = _own_name(function) if name is None else rpc_name(name)
+        return _mark(function, Method(called, export, concurrency, pickle, thread))
 
     return decorate
+
+
+def _check_quick(function: Any, concurrency: int | None) -> None:
+    inner = getattr(function, "__func__", function)
+    if concurrency is not None:
+        raise MisuseError("@rpc(thread=False, concurrency=...): on the loop one runs at a time")
+    if inspect.isgeneratorfunction(inner):
+        raise MisuseError(
+            f"@rpc(thread=False) on the generator {_where(inner)}: make it an `async def` one"
+        )
+
+
+def _check_like(stub: Named, function: Any) -> None:
+    """Every call that fits the stub must fit `function`, and mean the same."""
+    inner = getattr(function, "__func__", function)
+    wanted, found = inspect.signature(stub.function), inspect.signature(inner)
+    own = list(found.parameters.values())
+    if own and own[0].name in ("self", "cls"):
+        found = found.replace(parameters=own[1:])
+    if not _takes_all(found, list(wanted.parameters.values())):
+        raise MisuseError(
+            f"@rpc({stub.function.__name__}): {_where(inner)}{found} does not take what its stub "
+            f"{_where(stub.function)}{wanted} promises"
+        )
+
+
+def _takes_all(found: inspect.Signature, wanted: list[inspect.Parameter]) -> bool:
+    kinds = inspect.Parameter
+    open_ended = {kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD}
+    if not {p.kind for p in wanted} & open_ended <= {p.kind for p in found.parameters.values()}:
+        return False
+    every = [p for p in wanted if p.kind not in open_ended]
+    for given in (every, [p for p in every if p.default is kinds.empty]):
+        for by_name in (False, True):
+            named = {kinds.KEYWORD_ONLY, kinds.POSITIONAL_OR_KEYWORD if by_name else None}
+            args = [p.name for p in given if p.kind not in named]
+            kwargs = {p.name: p.name for p in given if p.kind in named}
+            try:
+                bound = found.bind(*args, **kwargs).arguments
+            except TypeError:
+                return False
+            if any(name in found.parameters and bound.get(name) != name for name in args):
+                return False  # the same names in another order
+    return True
 
 
 def _mark(function: F, method: Method) -> F:
@@ -136,12 +199,15 @@ def method_of(function: Any) -> Method | None:
     return found if isinstance(found, Method) else None
 
 
-def rpc_name(method: str | Callable[..., Any]) -> str:
-    """The name to call `method` by: itself, its name as given to `@rpc`, or its `__name__`."""
+def rpc_name(method: str | Callable[..., Any] | Named) -> str:
+    """The name to call `method` by: itself, its name as given to `@rpc`, or its `__name__`; of a stub,
+    that of its function."""
     if isinstance(method, str):
         if not method:
             raise MisuseError("the method to call is an empty text; give its name")
         return method
+    if isinstance(method, Named):
+        return _own_name(method.function)
     recorded = method_of(method)
     return recorded.name if recorded is not None else _own_name(method)
 
@@ -189,6 +255,10 @@ class Exported(NamedTuple):
     is_async: bool
     concurrency: int | None
     pickle: bool
+    raw: bool = False
+    stream: bool = False
+    thread: bool = True
+    """False: a plain function that runs on the peer loop."""
 
 
 class Exports:
@@ -205,6 +275,7 @@ class Exports:
         *,
         concurrency: int | None = None,
         pickle: bool | None = None,
+        raw: bool = False,
     ) -> Exported:
         """Expose `function` as `name`. What is not given is taken from its `@rpc`.
 
@@ -213,8 +284,6 @@ class Exports:
         """
         if not callable(function):
             raise MisuseError(f"{name!r} cannot be exported: {function!r} is not callable")
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise MisuseError(f"{name!r} cannot be exported: it is a generator; return a list")
         taken = self._methods.get(name)
         if taken is not None:
             if taken.function == function:
@@ -225,12 +294,18 @@ class Exports:
             )
         said = method_of(function) or Method(name)
         call = getattr(function, "__call__", None)  # noqa: B004 - an object may have an async one
+        is_async_stream = inspect.isasyncgenfunction(function)
         exported = Exported(
             name,
             function,
-            inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call),
+            is_async_stream
+            or inspect.iscoroutinefunction(function)
+            or inspect.iscoroutinefunction(call),
             concurrency if concurrency is not None else said.concurrency,
             pickle if pickle is not None else said.pickle,
+            raw,
+            is_async_stream or inspect.isgeneratorfunction(function),
+            said.thread,
         )
         self._methods[name] = exported
         return exported

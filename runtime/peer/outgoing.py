@@ -1,38 +1,34 @@
-"""Making calls: finding the callee, sending in order, and settling each call exactly once.
+"""Making calls, and settling each exactly once.
 
-A name is looked up once and kept until its process is lost; what is called meanwhile waits here, in
-order. A call is settled by its answer, its deadline, its caller's cancel, or the loss of the callee;
-whatever comes after that finds nobody waiting. When a link breaks, the directory is asked what became
-of the process, so that the error says "SIGKILL" and not only "connection lost".
+A call is settled by its answer, its deadline, its caller's cancel, or the loss of the callee; whatever comes
+after that finds nobody waiting. When a link breaks, a new one goes on with its calls (see `channel`), while the
+directory is asked what became of the process. When that is dead, the error says "SIGKILL" and not only
+"connection lost", and what may be made twice goes to its next start (see `routes`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
-from runtime.errors import Closed, MisuseError, PeerLostError, RuntimeFault, Timeout, WireError
-from runtime.peer.calls import Answered, CallTable, Outgoing
-from runtime.peer.context import Directory, PeerAddress
-from runtime.peer.timers import Timers
+from runtime.errors import Closed, Full, MisuseError, RuntimeFault, Timeout, WireError
+from runtime.peer.calls import DEFAULT, Answered, CallOptions, Outgoing
+from runtime.peer.context import PeerAddress
+from runtime.peer.flow import ItemsUsed, size_of
+from runtime.peer.future import current_waiter
+from runtime.peer.routes import Routes, Target
 from runtime.transport.base import Link
 from runtime.wire import codec, messages
 from runtime.wire.codec import Encoded
 
 logger = logging.getLogger(__name__)
 
-FATE_S = 2.0
-"""How long a broken link's calls wait for the cause of the process's death."""
 
-_LOOK_AGAIN_S = 0.05
-_DEAD_KEPT = 4096
+class Sink(Answered, Protocol):
+    """Whoever takes the items of a stream; `answered` tells its end."""
 
-Target = str | PeerAddress
-"""Whom to call: the name of an actor, or one start of a process."""
-
-Spawn = Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"]
+    def item(self, call: Outgoing, value: Any) -> None: ...
 
 
 class CallFuture(asyncio.Future[Any]):
@@ -74,66 +70,75 @@ class _OneWay:
 _ONE_WAY = _OneWay()
 
 
-class _Route:
-    """What is known about one name. Without a link, `waiting` holds what is to be sent, in order."""
+class Caller(Routes):
+    """The calls that this process makes. Everything is called on the loop's thread, except `full`."""
 
-    __slots__ = ("address", "link", "name", "task", "waiting")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.address: PeerAddress | None = None
-        self.link: Link | None = None
-        self.waiting: dict[Outgoing, None] = {}
-        self.task: asyncio.Task[None] | None = None
-
-
-class Caller:
-    """The calls that this process makes. Everything is called on the loop's thread."""
-
-    def __init__(
-        self,
-        connect: Callable[[PeerAddress], Link],
-        loop: asyncio.AbstractEventLoop,
-        timers: Timers,
-        directory: Directory | None,
-        spawn: Spawn,
-    ) -> None:
-        self._connect = connect
-        self._loop = loop
-        self._timers = timers
-        self._directory = directory
-        self._spawn = spawn
-        self._routes: dict[str, _Route] = {}
-        self._dead: dict[str, str] = {}
-        self._doubtful: dict[str, None] = {}
-        self._closed = False
-        self.table = CallTable()
-        self.sent = self.errors = 0
-
-    # -- calling ------------------------------------------------------------------------------
+    # -- calling --------------------------------------------------------------------------------
 
     def call(
-        self, target: Target, method: str, parcel: Encoded, waiter: Answered, timeout: float | None
+        self,
+        target: Target,
+        method: str,
+        parcel: Encoded,
+        waiter: Answered,
+        options: CallOptions = DEFAULT,
     ) -> Outgoing:
-        """Send a call, or keep it until its callee is found. Raises `MisuseError` and `Closed`."""
+        """Send a call, or keep it until its callee is found and has room. Raises `MisuseError` and
+        `Closed`."""
+        return self._open(target, method, parcel, waiter, options, None)
+
+    def stream(
+        self,
+        target: Target,
+        method: str,
+        parcel: Encoded,
+        sink: Sink,
+        options: CallOptions = DEFAULT,
+    ) -> Outgoing:
+        """Call a generator: `sink` is given its items as they arrive, then told of its end. The callee
+        waits for `more`. A stream ends with its link, and is never sent again."""
+        return self._open(target, method, parcel, sink, options._replace(retry=0), ItemsUsed())
+
+    def more(self, call: Outgoing, items: int) -> None:
+        """So many more items of the stream `call` have been used up: as many more may come."""
+        total = call.items.use(items)
+        if total is not None and call in self.table and call.link is not None:
+            call.channel.urgent(messages.encode_more(call.id, total))
+
+    def cast(self, target: Target, method: str, parcel: Encoded) -> None:
+        """Send a one-way call. Raises `MisuseError` and `Closed`; on the loop's thread also `Full`,
+        where other threads waited in `Endpoint.admit`."""
+        name = self._checked_name(target)
+        call = Outgoing(0, name, method, _ONE_WAY, self._loop.time())
+        call.parcel, call.size = parcel, size_of(*parcel)
+        if not self._mailbox.delivering and self.full(target, call.size):
+            raise Full(f"{call!r}: {name} is behind with what it was sent, {self._backlog(target)}")
+        self._dispatch(target, call, False)
+
+    def _open(
+        self,
+        target: Target,
+        method: str,
+        parcel: Encoded,
+        waiter: Answered,
+        options: CallOptions,
+        items: ItemsUsed | None,
+    ) -> Outgoing:
         now = self._loop.time()
         call = self.table.open(self._checked_name(target), method, waiter, now)
-        call.parcel = parcel
+        call.parcel, call.items, call.size = parcel, items, size_of(*parcel)
+        timeout, retry, idempotent, nested = options
         if timeout is not None:
             call.timeout, call.deadline = timeout, now + timeout
             self._timers.add(call)
+        if idempotent:
+            call.retry = retry
         try:
-            self._dispatch(target, call)
+            self._dispatch(target, call, nested or current_waiter.get() is not None)
         except BaseException:
             self._take(call)
             raise
         return call
-
-    def cast(self, target: Target, method: str, parcel: Encoded) -> None:
-        """Send a one-way call. Raises `MisuseError` and `Closed`."""
-        call = Outgoing(0, self._checked_name(target), method, _ONE_WAY, self._loop.time())
-        call.parcel = parcel
-        self._dispatch(target, call)
 
     def abandon(self, call: Outgoing) -> None:
         """Nobody waits for `call` any more. Nothing, when it is over."""
@@ -152,8 +157,10 @@ class Caller:
 
     def why(self, call: Outgoing) -> str:
         """What an unanswered call waits for, in words."""
-        if call.link is None:
+        if call.channel is None:
             return f"{call.target} is starting, restarting or not known yet; the call was not sent"
+        if not call.sent:
+            return f"{call.target} is behind with what it was sent before; the call was not sent"
         for_s = self._loop.time() - call.started
         return (
             f"it was made {for_s:.1f} s ago; {call.target} runs it, or has it queued behind others"
@@ -164,98 +171,27 @@ class Caller:
             raise Closed("this process has closed its endpoint")
         if isinstance(target, PeerAddress):
             return target.peer.rpartition(".")[0] or target.peer
-        if self._directory is None:
+        if self._finder.directory is None:
             raise MisuseError(
                 f"{target!r} is a name, and this endpoint has no directory to look it up in; "
                 "call a PeerAddress"
             )
         return target
 
-    def _dispatch(self, target: Target, call: Outgoing) -> None:
+    def _dispatch(self, target: Target, call: Outgoing, nested: bool) -> None:
         self.sent += 1
         if isinstance(target, PeerAddress):
-            self._send(self._connect(target), target, call)
+            channel = call.channel = self._channel(target)
+            channel.send(call, nested)
             return
-        route = self._routes.get(target)
-        if route is None:
-            route = self._routes[target] = _Route(target)
-        if route.link is not None:
-            self._send(route.link, route.address, call)
-            return
-        route.waiting[call] = None
-        if route.task is None:
-            route.task = self._spawn(self._find(route), f"find {target}")
+        call.named = True
+        self._by_name(call, nested)
 
-    def _send(self, link: Link, address: PeerAddress | None, call: Outgoing) -> None:
-        body, buffers = call.parcel
-        call.parcel = None
-        if not call.id:
-            link.send(messages.encode_cast(messages.Cast(call.method, body, buffers)))
-            return
-        call.link, call.address = link, address
-        left = None if call.deadline is None else max(0.0, call.deadline - self._loop.time())
-        link.send(messages.encode_call(messages.Call(call.id, call.method, body, buffers, left)))
-
-    def _call_off(self, call: Outgoing) -> None:
-        if call.link is not None:
-            call.link.send(messages.encode_cancel(call.id))
-            return
-        route = self._routes.get(call.target)
-        if route is None or route.waiting.pop(call, call) is not None:
-            return
-        if not route.waiting and route.task is not None:
-            route.task.cancel()  # nobody wants to know any more
-            route.task = None
-
-    # -- finding ------------------------------------------------------------------------------
-
-    async def _find(self, route: _Route) -> None:
-        task = asyncio.current_task()
-        try:
-            address = await self._living(route.name)
-            link = self._connect(address)
-        except RuntimeFault as error:
-            self._not_found(route, task, error)
-        except Exception as error:
-            # A fault of the directory: its calls must end all the same, and no others.
-            logger.exception("looking up %s failed", route.name)
-            self._not_found(route, task, RuntimeFault(f"cannot look up {route.name!r}: {error!r}"))
-        else:
-            if route.task is not task:
-                return
-            route.task, route.address, route.link = None, address, link
-            waiting, route.waiting = route.waiting, {}
-            for call in waiting:
-                self._send(link, address, call)
-
-    async def _living(self, name: str) -> PeerAddress:
-        # The directory may not have heard yet what we know: that this start of the process is dead,
-        # or that its link broke.
-        assert self._directory is not None
-        while True:
-            address = await self._directory.resolve(name)
-            if address.peer in self._doubtful and address.peer not in self._dead:
-                await self._fate(address.peer)
-            if address.peer not in self._dead:
-                return address
-            await asyncio.sleep(_LOOK_AGAIN_S)
-
-    def _not_found(
-        self, route: _Route, task: asyncio.Task[Any] | None, error: RuntimeFault
-    ) -> None:
-        if route.task is not task:
-            return
-        route.task = None
-        waiting, route.waiting = route.waiting, {}
-        for call in waiting:
-            if not call.id or self._take(call):
-                call.settle().failed(call, error)
-
-    # -- settling -----------------------------------------------------------------------------
+    # -- settling -------------------------------------------------------------------------------
 
     def result(self, link: Link, message: messages.Result) -> None:
         """An answer came in."""
-        call = self._answered(link, message.id)
+        call = self._answered(link, message)
         if call is None:
             return
         try:
@@ -270,120 +206,84 @@ class Caller:
 
     def error(self, link: Link, message: messages.Error) -> None:
         """The answer is that the call failed."""
-        call = self._answered(link, message.id)
+        call = self._answered(link, message)
         if call is None:
             return
         self.errors += 1
-        address: PeerAddress | None = call.address
+        address: PeerAddress = call.channel.address
         try:
             error = codec.decode_error(
                 message.body,
                 message.buffers,
                 peer=link.peer,
-                role=address.role if address is not None else "",
-                rank=address.rank if address is not None else -1,
+                role=address.role,
+                rank=address.rank,
             )
         except WireError as unreadable:
             error = RuntimeFault(f"{call!r} failed with an error unreadable here: {unreadable}")
         call.settle().failed(call, error)
 
-    def _answered(self, link: Link, id: int) -> Outgoing | None:
-        call = self.table.answer(link, id)
+    def _answered(self, link: Link, message: messages.Result | messages.Error) -> Outgoing | None:
+        id, body, buffers = message
+        channel = self._channels.get(link.peer)
+        if channel is None or channel.link is not link:
+            self.table.late += 1
+            return None
+        call = self.table.answer(channel, id)
         if call is not None and call.deadline is not None:
             self._timers.forget(call)
+        channel.answered(id, size_of(body, buffers) if buffers else 0, call)
         return call
 
-    def goodbye(self, link: Link, message: messages.Goodbye) -> None:
-        """The callee leaves and answers no more."""
-        self._forget(link)
-        self._fail(self.table.sent_by(link), message.reason)
-
-    def link_lost(self, link: Link, reason: str) -> None:
-        """An outbound link has ended."""
-        self._forget(link)
-        self._doubtful[link.peer] = None
-        _keep_newest(self._doubtful)
-        logger.debug("link to %s lost: %s", link.peer, reason)
-        calls = self.table.sent_by(link)
-        if not calls or self._closed:
-            return
-        if self._directory is None:
-            self._fail(calls, "connection lost")
+    def item(self, link: Link, message: messages.Item) -> None:
+        """An item of a stream came in."""
+        channel = self._channels.get(link.peer)
+        call = self.table.find(channel, message.id)
+        if call is None or call.items is None:
+            return  # given up meanwhile
+        call.items.came(size_of(message.body, message.buffers))
+        try:
+            value = codec.decode(message.body, message.buffers)
+        except WireError as error:
+            self._call_off(call)
+            self._fail(call, MisuseError(f"an item of {call!r} cannot be read here: {error}"))
         else:
-            self._spawn(self._settle(link), f"fate of {link.peer}")
+            cast("Sink", call.waiter).item(call, value)
 
-    def lose(self, peer: str, cause: str) -> None:
-        """The process `peer` is dead, for certain."""
-        self._dead[peer] = cause
-        _keep_newest(self._dead)
-        for route in self._routes.values():
-            if route.address is not None and route.address.peer == peer:
-                route.address = route.link = None
-        self._fail(self.table.sent_to(peer), cause)
+    def told(self, link: Link, message: messages.Credit | messages.Resumed) -> None:
+        """A callee tells how far it is."""
+        channel = self._channels.get(link.peer)
+        if channel is None or channel.link is not link:
+            return
+        calls = [(id, self.table.find(channel, id)) for id in message.ids]
+        if isinstance(message, messages.Credit):
+            channel.credited(message.cast_bytes, calls)
+        else:
+            channel.resumed(message.epoch, [call for _, call in calls if call is not None])
+
+    # -- the end --------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Fail what is outstanding."""
         self._closed = True
-        one_way: list[Outgoing] = []
+        calls = self.table.all()
         for route in self._routes.values():
-            one_way += [call for call in route.waiting if not call.id]
             if route.task is not None:
                 route.task.cancel()
-        for call in one_way + self.table.all():
+            calls += [call for call in self._found(route, None) if not call.id]
+        for channel in self._channels.values():
+            calls += [call for call in channel.withdraw_all() if not call.id]
+            if channel.link is not None and self.table.sent_by(channel):
+                channel.link.send(messages.encode_goodbye("it closed its endpoint"))
+            channel.close()
+        for call in calls:
             if not call.id or self._take(call):
                 call.settle().failed(call, Closed(f"{call!r}: this process closed its endpoint"))
 
-    async def _settle(self, link: Link) -> None:
-        cause = await self._fate(link.peer)
-        self._fail(self.table.sent_by(link), cause or "connection lost")
-
-    async def _fate(self, peer: str) -> str | None:
-        """What became of a process whose link broke; None: nobody knows that it is dead."""
-        cause = self._dead.get(peer)
-        if cause is None and self._directory is not None:
-            try:
-                async with asyncio.timeout(FATE_S):
-                    cause = await self._directory.fate(peer)
-            except Exception as error:  # noqa: BLE001 - whatever ails the directory, calls must end
-                logger.debug("the fate of %s is not known: %r", peer, error)
-        self._doubtful.pop(peer, None)
-        if cause is not None:
-            self.lose(peer, cause)
-        return cause
-
-    def _forget(self, link: Link) -> None:
-        for route in self._routes.values():
-            if route.link is link:
-                route.address = route.link = None
-
-    def _fail(self, calls: Sequence[Outgoing], cause: str) -> None:
-        for call in calls:
-            if self._take(call):
-                self.errors += 1
-                call.settle().failed(call, _lost(call, cause))
-
-    def _take(self, call: Outgoing) -> bool:
-        if not self.table.drop(call):
-            return False
-        self._timers.forget(call)
-        return True
-
-
-def _keep_newest(peers: dict[str, Any]) -> None:
-    if len(peers) > _DEAD_KEPT:
-        del peers[next(iter(peers))]
-
-
-def _lost(call: Outgoing, cause: str) -> PeerLostError:
-    peer = call.link.peer
-    address: PeerAddress = call.address or PeerAddress(peer, "")
-    who = f"{address.role} rank {address.rank} ({peer})" if address.role else peer
-    where = f" on {address.host}" if address.host else ""
-    return PeerLostError(
-        f"{who}{where} was lost while it had to answer {call!r}: {cause}",
-        peer,
-        address.role,
-        address.rank,
-        address.host,
-        cause,
-    )
+    def unsent(self, peer: str | None = None) -> int:
+        """Bytes that were sent to `peer`, or to anybody, and have not left yet."""
+        return sum(
+            channel.queued_bytes()
+            for channel in self._channels.values()
+            if peer is None or channel.peer == peer
+        )

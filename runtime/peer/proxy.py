@@ -1,7 +1,7 @@
 """An object over there, called like one here: `proxy.method(...)` for every `@rpc` method of its class.
 
-Plain methods block until the answer is there; `async def` methods give a future to await. The class is
-only looked at for its methods: it is never constructed here.
+Plain methods block until the answer is there; `async def` methods give a future to await, generators a
+stream to iterate. The class is only looked at for its methods: it is never constructed here.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any, TypeVar, cast
 from runtime.errors import MisuseError, NotExposedError, nearest
 from runtime.job import ActorInfo
 from runtime.peer import context
+from runtime.peer.actor import RoleActor
 from runtime.peer.endpoint import Endpoint
+from runtime.peer.feed import Stream
 from runtime.peer.future import Future
-from runtime.peer.group import RoleActor
 from runtime.peer.method import rpc_methods
 
 C = TypeVar("C")
@@ -34,13 +35,21 @@ class UserRpcProxy:
         # In the instance's own dict, so that a user's method named like one of ours wins.
         for attribute, method in methods.items():
             name = f"{namespace}.{method.name}" if namespace else method.name
-            is_async = inspect.iscoroutinefunction(getattr(cls, attribute))
-            self.__dict__[attribute] = _awaited(actor, name) if is_async else self._blocking(name)
+            self.__dict__[attribute] = self._method(getattr(cls, attribute), name)
 
-    def options(self, *, timeout: float | None = None) -> UserRpcProxy:
-        """The same object, called with a deadline of `timeout` seconds."""
-        actor = self._actor.options(timeout=timeout)
+    def options(
+        self, *, timeout: float | None = None, retry: int = 0, idempotent: bool = False
+    ) -> UserRpcProxy:
+        """The same object, called with a deadline of `timeout` seconds; see `RoleActor.options`."""
+        actor = self._actor.options(timeout=timeout, retry=retry, idempotent=idempotent)
         return UserRpcProxy(actor, self._namespace, self._cls, self._endpoint)
+
+    def _method(self, function: Any, name: str) -> Callable[..., Any]:
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            return _streamed(self._actor, name)
+        if inspect.iscoroutinefunction(function):
+            return _awaited(self._actor, name)
+        return self._blocking(name)
 
     def _blocking(self, name: str) -> Callable[..., Any]:
         actor, endpoint = self._actor, self._endpoint
@@ -74,6 +83,14 @@ class UserRpcProxy:
 def _awaited(actor: RoleActor, name: str) -> Callable[..., Future[Any]]:
     def call(*args: Any, **kwargs: Any) -> Future[Any]:
         return actor.call(name, *args, **kwargs)
+
+    call.__name__ = name
+    return call
+
+
+def _streamed(actor: RoleActor, name: str) -> Callable[..., Stream[Any]]:
+    def call(*args: Any, **kwargs: Any) -> Stream[Any]:
+        return actor.stream(name, *args, **kwargs)
 
     call.__name__ = name
     return call

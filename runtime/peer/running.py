@@ -57,7 +57,7 @@ class Running:
     @property
     def context(self) -> CallContext:
         call = self.call
-        return CallContext(call.link.peer, call.id, call.deadline)
+        return CallContext(call.client.peer, call.id, call.deadline)
 
     # -- waits (see `future.Waiter`) ----------------------------------------------------------
 

@@ -64,4 +64,12 @@ def _mem(text: str, name: str) -> Address:
     return Address("mem", name)
 
 
+def local_path(address: Address) -> str | None:
+    """Where the process at an ipc address also listens for those of its host (see `transport.local`).
+    None where it does not: for other schemes, and where the path would be too long."""
+    path = address.target + ".u"
+    fits = len(path.encode("utf-8", "surrogateescape")) <= IPC_PATH_BYTES
+    return path if address.scheme == "ipc" and fits else None
+
+
 _PARSERS = {"ipc": _ipc, "tcp": _tcp, "mem": _mem}

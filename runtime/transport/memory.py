@@ -5,6 +5,7 @@ be made slow, lossy or parted: delays are drawn from one seeded generator, so un
 run of a given seed is the same each time. Losing a record on a stream means losing the link.
 
 Buffers that could be written to are copied when they are sent: what arrives belongs to the receiver alone.
+While large ones are on their way, each unordered record has a delay of its own: it overtakes and is overtaken.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from runtime.errors import Closed, ConfigError, MisuseError, WireError
 from runtime.transport.address import parse
 from runtime.transport.base import Buffer, Lane, Receiver, Record, TransportStatistics
 from runtime.wire.frames import check_record
+
+_LARGE_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +181,10 @@ class MemoryLink:
         self._flying: deque[tuple[float, list[tuple[Record, int]]]] = deque()
         self._queued = 0
         self._last_arrival = 0.0
+        # Unordered records that travel by themselves, and until when large buffers are on their way.
+        self._alone: dict[int, tuple[Record, int]] = {}
+        self._flights = 0
+        self._large_until = 0.0
 
     def send(self, record: Record, ordered: bool = True) -> None:
         try:
@@ -189,8 +196,11 @@ class MemoryLink:
         if record.buffers:
             own = [b if type(b) is bytes else bytearray(b) for b in record.buffers]
             record = Record(record.header, own)
-        self._waiting.append((record, size))
         self._queued += size
+        if not ordered and self.twin is not None and self._large_on_its_way(size):
+            self._depart_alone(record, size)
+            return
+        self._waiting.append((record, size))
         if self._flush is None and self.twin is not None:
             self._flush = self._loop.call_soon(self._depart)
 
@@ -246,10 +256,33 @@ class MemoryLink:
         self._flying.append((arrival, records))
         self._loop.call_at(arrival, self._arrive)
 
+        if any(size >= _LARGE_BYTES for _, size in records):
+            self._large_until = arrival
+
+    def _large_on_its_way(self, size: int) -> bool:
+        sizes = [size, *(size for _, size in self._waiting)]
+        return max(sizes) >= _LARGE_BYTES or self._large_until > self._loop.time()
+
+    def _depart_alone(self, record: Record, size: int) -> None:
+        network = self._transport.network
+        if network.draw_loss():
+            self.cut("connection lost")
+            return
+        self._transport.count("out", 1, size)
+        self._flights += 1
+        self._alone[self._flights] = record, size
+        arrival = self._loop.time() + network.draw_delay()
+        self._loop.call_at(arrival, self._arrive_alone, self._flights)
+
     def _arrive(self) -> None:
-        if not self._flying:
-            return  # cut on the way
-        _, records = self._flying.popleft()
+        if self._flying:  # not cut on the way
+            self._land(self._flying.popleft()[1])
+
+    def _arrive_alone(self, flight: int) -> None:
+        if flight in self._alone:
+            self._land([self._alone.pop(flight)])
+
+    def _land(self, records: list[tuple[Record, int]]) -> None:
         size = sum(size for _, size in records)
         self._queued -= size
         twin = self.twin
@@ -265,7 +298,9 @@ class MemoryLink:
             receiver.received(self, record)
 
     def _finish_if_empty(self) -> None:
-        if not self.ending or self.ended.is_set() or self._waiting or self._flying:
+        if not self.ending or self.ended.is_set():
+            return
+        if self._waiting or self._flying or self._alone:
             return
         other = self.vanish()
         if other is not None:
@@ -284,8 +319,7 @@ class MemoryLink:
         for end in (self, self.twin):
             if end is not None:
                 self._loop.call_later(later, end.cut_here, reason)
-                end._flying.clear()
-                end._waiting.clear()
+                end._forget_all()
                 end.twin = None  # what is sent until then goes nowhere
 
     def cut_here(self, reason: str) -> None:
@@ -302,9 +336,13 @@ class MemoryLink:
         """End this end in silence; gives the other end."""
         other, self.ending = self.twin, True
         self.ended.set()
-        self._waiting.clear()
-        self._flying.clear()
+        self._forget_all()
         self._queued = 0
         if self in self._transport.links:
             self._transport.links.remove(self)
         return other
+
+    def _forget_all(self) -> None:
+        self._waiting.clear()
+        self._flying.clear()
+        self._alone.clear()

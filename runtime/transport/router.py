@@ -1,173 +1,77 @@
-"""The two routers of a process: how links over ZeroMQ are made, used and ended. Knows no zmq (see `sockets`).
+"""The routers of a process: how links over ZeroMQ are made, used and ended. Knows no zmq (see `sockets`).
 
-A process has two ROUTER sockets: peers dial the bound one, the other one dials. Answers go back on the link that
-a question came by, so two peers that dial each other have two links and nothing to sort out. Every dial has routing
-ids of its own, on both sides (ours is "<peer id>#<n>"): libzmq ignores a second connection with an id that it
-has, and would abort the process if we named two connections alike.
+A process has one bound ROUTER socket, which peers dial, and one that dials for each lane in use. Answers go back on
+the link that a question came by, so two peers that dial each other have two links and nothing to sort out. Every dial
+has routing ids of its own, on both sides (ours is "<peer id>#<lane>.<n>"): libzmq ignores a second connection with an
+id that it has, and would abort the process if we named two connections alike.
 
-The making of a link. The dialler says HELLO (who it is, whom it wants), the other side answers WELCOME (who it
+The making of a link. The dialler says HELLO (who it is, whom it wants, the lane), the other side answers WELCOME (who it
 is) or BYE (why not). Records wait until then: a link that never came up has delivered nothing. A BYE also ends a
 link, and so does the end of the connection, which the socket's monitor reports by its file descriptor; the
 descriptor of a link is known from the message that made it. Events of the monitor are older than the message that is read
 after them, but what the dead peer had sent may still lie in the socket: a link is ended once that is drained.
+A dialler that closes waits for a BYE in return, for what libzmq has not read when a connection ends can be lost.
 
-The engine. A socket's FD is edge-triggered: it fires when libzmq has news, which every call into it may swallow.
-So after each send and each receive we ask for what is there, and go on until there is nothing. At most `turn_messages`
-a turn, then the loop gets its turn. The first record of a pass of the loop leaves at once (a lone call must not wait
-for the loop), those after it leave as one message per link, and so do those sent while we receive. A link whose
-peer does not keep up gets EAGAIN, keeps its records and tries again when the socket has news.
+Large buffers (see `bulk`) take a bulk link, the *mate* of an rpc link. Whoever dialled the one dials the other, as soon
+as something is to be sent or was announced. Mates end together: the receiver hears of the rpc link.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from abc import ABC, abstractmethod
-from collections import Counter
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from runtime.errors import WireError
-from runtime.transport.base import Buffer, Receiver, Record
-from runtime.transport.link import SocketLink, SocketSettings
+from runtime.transport.base import Lane
+from runtime.transport.engine import Engine, Hub
+from runtime.transport.link import SocketLink
 from runtime.wire import frames
 
 if TYPE_CHECKING:
     from runtime.transport.sockets import RouterSocket
 
-_log = logging.getLogger(__name__)
-
 ACCEPTED, CONNECTED, DISCONNECTED = range(3)
 """What a monitor tells about a connection."""
 
-_NUDGE_S = 0.002
+_LANES = {lane.name: lane for lane in Lane}
 _DRAIN_S = 0.25
 
 
-class Hub:
-    """What the two routers of a transport share: who we are, whom to tell, what is counted."""
-
-    def __init__(self, peer: str, settings: SocketSettings, receiver: Receiver) -> None:
-        self.peer = peer
-        self.settings = settings
-        self.received = receiver.received
-        self.lost = receiver.link_lost
-        self.counts: Counter[str] = Counter()
-        self.rejected: Counter[str] = Counter()
-        self.gone = asyncio.Event()
-        """Set whenever a link has ended."""
-
-    def count_rejected(self, who: str, error: WireError) -> None:
-        self.rejected[error.reason] += 1
-        if self.rejected[error.reason] == 1:
-            text = "%s: dropped the connection of %s: %s (others like it are only counted)"
-            _log.warning(text, self.peer, who, error)
-
-
-class Router(ABC):
-    """One ROUTER socket, its monitor, its links by routing id. What both sides of a link have in common."""
-
-    strangers = False
-    """Whether messages of unknown connections are looked at."""
+class Router(Engine):
+    """What both sides of a link have in common: its mate, its end, the monitor of the socket."""
 
     def __init__(self, hub: Hub, socket: RouterSocket) -> None:
-        self.hub = hub
-        self.settings = hub.settings
-        self.socket = socket
-        self.links: dict[bytes, SocketLink | None] = {}
-        """None: a connection that we dropped and ignore from now on."""
+        super().__init__(hub, socket)
         self.by_fd: dict[int, bytes] = {}
         self.linger_s = self.settings.linger_s
-        self.loop = asyncio.get_running_loop()
-        self._dirty: list[SocketLink] = []
-        self._blocked: set[SocketLink] = set()
         self._leaving: dict[SocketLink, tuple[str, float]] = {}
-        self._pumping = False
-        self._flush_handle: asyncio.Handle | None = None
-        self._nudge_handle: asyncio.TimerHandle | None = None
-        self._again_handle: asyncio.Handle | None = None
 
     def start(self) -> None:
-        self.loop.add_reader(self.socket.fd, self.pump)
+        super().start()
         self.loop.add_reader(self.socket.monitor_fd, self.read_monitor)
-        self.pump()
         self.read_monitor()
 
     def stop(self, linger_s: float) -> None:
-        self.loop.remove_reader(self.socket.fd)
         self.loop.remove_reader(self.socket.monitor_fd)
-        for handle in (self._flush_handle, self._nudge_handle, self._again_handle):
-            if handle is not None:
-                handle.cancel()
-        for link in self.living():
-            link.clear()
-        self.socket.close(linger_s)
+        super().stop(linger_s)
 
-    def living(self) -> list[SocketLink]:
-        return [link for link in self.links.values() if link is not None]
-
-    # receiving
-
-    def pump(self) -> None:
-        """Receive and send until there is nothing to do, or this turn is over."""
-        again, self._again_handle = self._again_handle, None
-        if again is not None:
-            again.cancel()
-        left, step = self.settings.turn_messages, 1
-        self._pumping = True
-        while left > 0:
-            while step > 0 and self._receive():
-                step -= 1
-                left -= 1
-            if self._dirty:
-                self._flush_dirty()
-            if not self.socket.readable() and not self._retry_blocked():
-                self._pumping = False
-                if self._leaving:
-                    self._finish_leaving(drained=True)
-                return
-            step = left
-        self._pumping = False
-        self._finish_leaving(drained=False)
-        self._again_handle = self.loop.call_soon(self.pump)
-
-    def _receive(self) -> bool:
-        """Take one message; False when there is none."""
-        message = self.socket.receive()
-        if message is None:
-            return False
-        route, parts = message
-        link = self.links.get(route)
-        if link is None and (route in self.links or not self.strangers):
-            return True  # dropped before
-        try:
-            batch = frames.decode_batch(parts, self.settings.limits)
-            if batch.kind == frames.DATA and link is not None and link.up:
-                self._deliver(link, batch.records, parts)
-            else:
-                self.handshake(link, route, batch)
-        except WireError as error:
-            self.reject(link, route, error)
-        return True
-
-    def _deliver(self, link: SocketLink, records: list[Record], parts: list[Buffer]) -> None:
-        counts = self.hub.counts
-        counts["messages_in"] += 1
-        counts["records_in"] += len(records)
-        counts["bytes_in"] += sum(map(len, parts))
-        received = self.hub.received
-        for record in records:
-            if link.closing or link.ended:
-                return
-            try:
-                received(link, record)
-            except Exception:  # noqa: BLE001 - a bug of the receiver must not stop the socket for all
-                _log.exception("the receiver of records from %s raised", link.peer)
-
-    @abstractmethod
-    def handshake(self, link: SocketLink | None, route: bytes, batch: frames.Batch) -> None: ...
+    def arrived(self, link: SocketLink, batch: frames.Batch) -> None:
+        if link.lane is not (Lane.BULK if batch.kind == frames.PIECE else Lane.RPC):
+            raise WireError("wrong lane", f"kind {batch.kind} on {link.lane.name}")
+        if batch.kind == frames.PIECE:
+            rpc = link.mate
+            if rpc is not None and not rpc.ended:
+                self.deliver(rpc, rpc.arriving().piece(batch.records))
+                rpc.router.finish_closed(rpc)
+        elif batch.kind == frames.SPLIT:
+            self.deliver(link, link.arriving().announced(batch.records))
+            self.ensure_mate(link)
+        elif batch.kind == frames.LOOSE:
+            self.deliver(link, batch.records)
+        else:
+            self.deliver(link, link.arriving().behind(batch.records))
 
     def reject(self, link: SocketLink | None, route: bytes, error: WireError) -> None:
-        """End a connection for what it sent."""
         self.hub.count_rejected(link.peer if link else repr(route), error)
         self.say(route, frames.BYE, str(error))
         if link is None:
@@ -180,111 +84,45 @@ class Router(ABC):
     def _said_bye(self, link: SocketLink, batch: frames.Batch) -> None:
         if batch.kind != frames.BYE:
             raise WireError("unexpected message", f"kind {batch.kind} on a link that is up")
-        self.end(link, _texts(batch, 1)[0][:1000] or "closed by the peer")
-
-    # sending
-
-    def flush_soon(self, link: SocketLink) -> None:
-        if self.look_soon() and not link.blocked:
-            self.flush(link)
+        reason = _texts(batch, 1)[0][:1000] or "closed by the peer"
+        if link.lane is Lane.BULK:  # all pieces have come; the rpc link has a good-bye of its own
+            rpc = link.mate
+            self._return_bye(link)
+            self.drop(link)
+            if rpc is not None:
+                rpc.router.finish_closed(rpc)
         else:
-            link.dirty = True
-            self._dirty.append(link)
+            link.last_words = reason
+            self.finish_closed(link)
 
-    def look_soon(self) -> bool:
-        """Flush at the end of this pass, and see what came: any call into the socket may have swallowed the
-        FD's news. True when nobody asked for that in this pass before."""
-        if self._flush_handle is not None or self._pumping:
-            return False
-        self._flush_handle = self.loop.call_soon(self._flush_and_look)
-        return True
+    def finish_closed(self, link: SocketLink) -> None:
+        """End a link that the peer has closed, unless its bulk link still brings what belongs to it."""
+        if link.last_words is None:
+            return
+        if link.mate is None or link.arrivals is None or not link.arrivals.waiting:
+            self._return_bye(link)
+            self.end(link, link.last_words)
 
-    def _flush_and_look(self) -> None:
-        self._flush_handle = None
-        self._flush_dirty()
-        if self.socket.readable() or self._blocked:
-            self.pump()
+    def _return_bye(self, link: SocketLink) -> None:
+        """All was read: a dialler that closes may disconnect."""
+        if not link.outbound:
+            self.say(link.route, frames.BYE, "")
 
-    def _flush_dirty(self) -> None:
-        dirty, self._dirty = self._dirty, []
-        for link in dirty:
-            link.dirty = False
-            if not link.blocked:
-                self.flush(link)
+    def flushed(self, link: SocketLink) -> None:
+        if link.departures.queued:
+            self.ensure_mate(link)
+        rpc = link.mate if link.lane is Lane.BULK else link
+        if rpc is not None and rpc.closing and rpc.up and rpc.is_flushed():
+            rpc.router.finish_closing(rpc)
 
-    def flush(self, link: SocketLink) -> None:
-        """Hand the link's records to ZeroMQ, as far as it takes them."""
-        outbox = link.outbox
-        while outbox.queued and link.up:
-            if link.unsent > self.settings.high_water:
-                link.reap()
-            if link.unsent > self.settings.high_water or not self._open(link):
-                self._block(link)
-                return
-            records, size = outbox.take()
-            for tracker, length in self.socket.finish(frames.encode_batch(records)):
-                link.trackers.append((tracker, length))
-                link.unsent += length
-                self._nudge()
-            counts = self.hub.counts
-            counts["messages_out"] += 1
-            counts["records_out"] += len(records)
-            counts["bytes_out"] += size
-        if link.blocked:
-            link.blocked = False
-            self._blocked.discard(link)
-        if link.closing and link.up:
-            self.finish_closing(link)
-
-    def _open(self, link: SocketLink) -> bool:
-        """Begin a message to the link's peer; False when its pipe is full, or the link is gone."""
-        try:
-            return self.socket.begin(link.route)
-        except ConnectionError as error:
-            self._leave(link, f"connection lost: {error}")
-            return False
-
-    def _block(self, link: SocketLink) -> None:
-        if link.up:
-            link.blocked = True
-            self._blocked.add(link)
-            self._nudge()
-
-    def _retry_blocked(self) -> bool:
-        """True when some of them could send again (and the socket is to be asked again)."""
-        if not self._blocked:
-            return False
-        before = len(self._blocked)
-        for link in list(self._blocked):
-            self.flush(link)
-        return len(self._blocked) < before
-
-    def _nudge(self) -> None:
-        """Look again in a moment: nothing tells when ZeroMQ has let go of a buffer."""
-        if self._nudge_handle is None:
-            self._nudge_handle = self.loop.call_later(_NUDGE_S, self._on_nudge)
-
-    def _on_nudge(self) -> None:
-        self._nudge_handle = None
-        waiting = False
-        for link in self.links.values():
-            if link is not None and link.trackers:
-                link.reap()
-                waiting = waiting or bool(link.trackers)
-        self.pump()
-        if waiting or self._blocked:
-            self._nudge()
-
-    def say(self, route: bytes, kind: int, *texts: str) -> bool:
-        """Send a message about the link itself; False when the peer's pipe is full or gone."""
-        records = [Record(text.encode("utf-8", "replace")[:4096]) for text in texts]
-        try:
-            if not self.socket.begin(route):
-                return False
-        except ConnectionError:
-            return False
-        self.socket.finish(frames.encode_batch(records, kind))
-        return True
+    def ensure_mate(self, link: SocketLink) -> None:
+        """Large buffers are to be sent or were announced: see that there is a bulk link, and that it sends."""
+        if link.mate is None and link.outbound and link.up:
+            link.join(self.hub.dial(link.peer, link.endpoint or "", Lane.BULK))
+        bulk = link.mate
+        if bulk is not None and bulk.up and not bulk.blocked and link.departures.queued:
+            bulk.router.flush(bulk)
+            bulk.router.look_soon()
 
     # ends
 
@@ -298,21 +136,29 @@ class Router(ABC):
             self.drop(link)
 
     def finish_closing(self, link: SocketLink) -> None:
-        if self.say(link.route, frames.BYE, "closed by the peer"):
-            link.flushed = True
-            self.drop(link)
-        else:
-            self._block(link)
+        for end in (link.mate, link):
+            if end is not None and not end.flushed:
+                if not end.router.say(end.route, frames.BYE, "closed by the peer"):
+                    end.router.block(end)
+                    return
+                end.flushed = True
+        if not link.outbound:
+            self.drop(link)  # the dialler disconnects when it has read all, until then we ignore it
 
     def drop(self, link: SocketLink) -> None:
         """Forget a link without telling the receiver."""
         if link.ended:
             return
         link.clear()
-        self._blocked.discard(link)
+        self.blocked.discard(link)
         self._leaving.pop(link, None)
         self.forget(link)
         self.hub.gone.set()
+        mate, link.mate = link.mate, None
+        if mate is not None:
+            mate.mate = None
+            if mate.lane is Lane.BULK and mate not in mate.router._leaving:
+                mate.router.drop(mate)
 
     @abstractmethod
     def forget(self, link: SocketLink) -> None: ...
@@ -321,22 +167,27 @@ class Router(ABC):
         """The link is lost."""
         if link.ended:
             return
-        silent = link.closing
+        silent, rpc = link.closing, link.mate
         self.drop(link)
-        if not silent:
-            self.hub.lost(link, reason)
+        if link.lane is not Lane.BULK:
+            if not silent:
+                self.hub.lost(link, reason)
+        elif rpc is not None:
+            rpc.router.say(rpc.route, frames.BYE, reason)
+            rpc.router.connection_lost(rpc, reason)
 
-    def _leave(self, link: SocketLink, reason: str) -> None:
+    def connection_lost(self, link: SocketLink, reason: str) -> None:
         """The connection is gone; what came by it is still to be read."""
         if not link.ended and link not in self._leaving:
             self._leaving[link] = (reason, self.loop.time() + _DRAIN_S)
-            link.outbox.clear()
-            if self._again_handle is None:
-                self._again_handle = self.loop.call_soon(self.pump)
+            link.forget_queued()
+            self.pump_soon()
 
-    def _finish_leaving(self, drained: bool) -> None:
+    def turn_over(self, drained: bool) -> None:
         for link, (reason, deadline) in list(self._leaving.items()):
-            if drained or self.loop.time() >= deadline:
+            if link.last_words is not None:
+                self.finish_closed(link)
+            elif drained or self.loop.time() >= deadline:
                 self.end(link, reason)
 
     # the monitor
@@ -353,7 +204,7 @@ class Router(ABC):
             return
         link = self.links.get(route)
         if link is not None:
-            self._leave(link, "connection lost")
+            self.connection_lost(link, "connection lost")
         else:
             self.links.pop(route, None)
 
@@ -372,7 +223,7 @@ class Listener(Router):
 
     def __init__(self, hub: Hub, socket: RouterSocket) -> None:
         super().__init__(hub, socket)
-        self._peers: dict[str, SocketLink] = {}
+        self._peers: dict[tuple[str, Lane], SocketLink] = {}
         self._alive: set[int] = set()
 
     def handshake(self, link: SocketLink | None, route: bytes, batch: frames.Batch) -> None:
@@ -381,29 +232,38 @@ class Listener(Router):
             return
         if batch.kind != frames.HELLO:
             raise WireError("no hello", f"kind {batch.kind} came first")
-        peer, wanted = _texts(batch, 2)
+        peer, wanted, name = _texts(batch, 3)
+        lane = _LANES.get(name)
+        if lane is None:
+            raise WireError("malformed handshake", f"lane {name!r}")
         fd = self.socket.descriptor()
         self.read_monitor()
         if fd not in self._alive:
             # Gone again, and the monitor has told so before. Nobody needs to hear of this link.
-            self.links[route] = gone = SocketLink(self, peer, route, None)
+            self.links[route] = gone = SocketLink(self, peer, route, lane)
             gone.closing = True
-            self._leave(gone, "connection lost")
+            self.connection_lost(gone, "connection lost")
             return
         if wanted != self.hub.peer:
             raise WireError("wrong peer", f"{wanted} was wanted, this is {self.hub.peer}")
-        if peer in self._peers:
+        if (peer, lane) in self._peers:
             raise WireError("duplicate peer", f"{peer} has a link here")
-        link = SocketLink(self, peer, route, None)
-        self.links[route] = self._peers[peer] = link
+        rpc = self._peers.get((peer, Lane.RPC))
+        if lane is Lane.BULK and rpc is None:
+            raise WireError("no link", f"{peer} has none that this one belongs to")
+        link = SocketLink(self, peer, route, lane)
+        self.links[route] = self._peers[peer, lane] = link
         link.fd = fd
         self.bind_fd(route, fd)
         if not self.say(route, frames.WELCOME, self.hub.peer):
             self.drop(link)
+        elif lane is Lane.BULK and rpc is not None:
+            rpc.join(link)
+            self.ensure_mate(rpc)
 
     def forget(self, link: SocketLink) -> None:
-        if self._peers.get(link.peer) is link:
-            del self._peers[link.peer]
+        if self._peers.get((link.peer, link.lane)) is link:
+            del self._peers[link.peer, link.lane]
         if self.by_fd.get(link.fd) == link.route:
             self.links[link.route] = None  # still connected: ignored until it is not
         else:
@@ -418,10 +278,11 @@ class Listener(Router):
 
 
 class Dialler(Router):
-    """The socket that connects: links that we make."""
+    """A socket that connects: links that we make, all for one lane."""
 
-    def __init__(self, hub: Hub, socket: RouterSocket) -> None:
+    def __init__(self, hub: Hub, socket: RouterSocket, lane: Lane) -> None:
         super().__init__(hub, socket)
+        self._lane = lane
         self._dials = 0
 
     def dial(self, peer: str, endpoint: str) -> SocketLink:
@@ -432,14 +293,15 @@ class Dialler(Router):
                 self.end(link, f"replaced: {endpoint} is {peer} now")
         self._dials += 1
         route = b"%d" % self._dials
-        link = SocketLink(self, peer, route, endpoint)
+        link = SocketLink(self, peer, route, self._lane, endpoint)
         self.links[route] = link
         try:
-            self.socket.connect(endpoint, route, f"{self.hub.peer}#{self._dials}".encode())
+            name = f"{self.hub.peer}#{self._lane.value}.{self._dials}"
+            self.socket.connect(endpoint, route, name.encode())
         except ConnectionError as error:
             self.loop.call_soon(self.end, link, f"cannot connect to {endpoint}: {error}")
             return link
-        self.say(route, frames.HELLO, self.hub.peer, peer)
+        self.say(route, frames.HELLO, self.hub.peer, peer, self._lane.name)
         link.timer = self.loop.call_later(self.settings.connect_s, self._give_up, link)
         self.look_soon()
         return link

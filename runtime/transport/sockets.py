@@ -20,8 +20,9 @@ import zmq
 from runtime.errors import Closed, ConfigError, MisuseError
 from runtime.transport.address import Address, parse
 from runtime.transport.base import Buffer, Lane, Receiver, TransportStatistics
+from runtime.transport.engine import Hub
 from runtime.transport.link import SocketLink, SocketSettings, Tracker
-from runtime.transport.router import ACCEPTED, CONNECTED, DISCONNECTED, Dialler, Hub, Listener
+from runtime.transport.router import ACCEPTED, CONNECTED, DISCONNECTED, Dialler, Listener
 
 __all__ = ["RouterSocket", "SocketSettings", "SocketTransport"]
 
@@ -35,6 +36,8 @@ _EVENT_KINDS = {
 }
 _EVENT_MASK = sum(_EVENT_KINDS)
 _PEER_ID_BYTES = 200
+_BLOCK_BYTES = 31 * 1024 * 1024
+"""glibc learns from blocks of up to 32 MiB. The pages of this one are never touched."""
 
 
 class RouterSocket:
@@ -45,7 +48,7 @@ class RouterSocket:
         made.setsockopt(zmq.ROUTER_MANDATORY, 1)
         made.setsockopt(zmq.LINGER, int(settings.linger_s * 1000))
         made.setsockopt(zmq.SNDHWM, settings.pipe_messages)
-        made.setsockopt(zmq.RCVHWM, settings.pipe_messages)
+        made.setsockopt(zmq.RCVHWM, settings.unread_messages)
         made.setsockopt(zmq.MAXMSGSIZE, settings.limits.buffer_bytes)
         made.setsockopt(zmq.HANDSHAKE_IVL, int(settings.connect_s * 1000))
         made.setsockopt(zmq.RECONNECT_IVL, 10)
@@ -54,6 +57,7 @@ class RouterSocket:
         self._monitor = made.get_monitor_socket(_EVENT_MASK)
         self._apart = settings.apart_bytes
         self._first: zmq.Frame | None = None
+        self._ahead: tuple[bytes, list[Buffer], zmq.Frame | None] | None = None
         # Past pyzmq's checks for other kinds of sockets, which take as long as the call itself.
         self._send = functools.partial(zmq.backend.Socket.send, made)
         self._recv, self._get = made.recv, made.getsockopt
@@ -62,10 +66,13 @@ class RouterSocket:
 
     def readable(self) -> bool:
         """Is there a message? Also takes in the news that the FD stands for."""
-        return bool(int(self._get(_EVENTS)) & _POLLIN)
+        return self._ahead is not None or bool(int(self._get(_EVENTS)) & _POLLIN)
 
     def receive(self) -> tuple[bytes, list[Buffer]] | None:
         """The routing id and the parts of the next message, or None. Parts are writable, but for the first."""
+        if self._ahead is not None:
+            (route, parts, self._first), self._ahead = self._ahead, None
+            return route, parts
         recv = self._recv
         try:
             route = recv(_NOBLOCK)
@@ -73,7 +80,7 @@ class RouterSocket:
             return None
         frame: zmq.Frame = recv(_NOBLOCK, copy=False)
         self._first = frame
-        parts: list[Buffer] = [frame.bytes]
+        parts = [frame.bytes]
         while frame.more:
             frame = recv(_NOBLOCK, copy=False)
             view = frame.buffer
@@ -155,6 +162,10 @@ class RouterSocket:
     def disconnect(self, endpoint: str, linger_s: float) -> None:
         """End all connections to `endpoint`; what was sent there has `linger_s` to be written."""
         self._socket.setsockopt(zmq.LINGER, int(linger_s * 1000))
+        if self._ahead is None and (message := self.receive()) is not None:
+            # To ask for events makes libzmq begin to read a message. If that is of this connection, it cannot go on
+            # reading after the disconnect, and aborts the process (libzmq issue 3485).
+            self._ahead = (*message, self._first)
         with contextlib.suppress(zmq.ZMQError):  # there was none
             self._socket.disconnect(endpoint)
 
@@ -181,17 +192,17 @@ class SocketTransport:
         self._context: zmq.Context[Any] | None = None
         self._hub: Hub | None = None
         self._listener: Listener | None = None
-        self._dialler: Dialler | None = None
+        self._diallers: dict[Lane, Dialler] = {}
         self._closed = False
 
     async def start(self, receiver: Receiver) -> None:
         if self._closed or self._hub is not None:
             raise MisuseError(f"the transport of {self.peer} was started before")
-        hub = self._hub = Hub(self.peer, self._settings, receiver)
+        hub = self._hub = Hub(self.peer, self._settings, receiver, self._dial)
+        _keep_freed_memory()
         context = self._context = zmq.Context(io_threads=1)
         bound = RouterSocket(context, self._settings)
         self._listener = Listener(hub, bound)
-        self._dialler = Dialler(hub, RouterSocket(context, self._settings))
         try:
             self.address = await asyncio.to_thread(bound.bind, self._bound)  # touches the disk
         except BaseException:
@@ -199,14 +210,25 @@ class SocketTransport:
             await self._end(0.0, unlink=False)
             raise
         self._listener.start()
-        self._dialler.start()
 
     def connect(self, peer: str, address: str, lane: Lane = Lane.RPC) -> SocketLink:
         if self._closed:
             raise Closed(f"the transport of {self.peer} is closed")
-        if self._dialler is None:
+        if self._listener is None:
             raise MisuseError(f"the transport of {self.peer} is not started")
-        return self._dialler.link_to(peer) or self._dialler.dial(peer, str(parse(address)))
+        if lane is Lane.BULK:
+            raise MisuseError("bulk links are made by the transport itself")
+        return self._dial(peer, str(parse(address)), lane)
+
+    def _dial(self, peer: str, endpoint: str, lane: Lane) -> SocketLink:
+        dialler = self._diallers.get(lane)
+        if dialler is None:
+            assert self._context is not None
+            assert self._hub is not None
+            socket = RouterSocket(self._context, self._settings)
+            dialler = self._diallers[lane] = Dialler(self._hub, socket, lane)
+            dialler.start()
+        return dialler.link_to(peer) or dialler.dial(peer, endpoint)
 
     def stage(self, buffer: Buffer) -> None:
         """ZeroMQ shares no memory."""
@@ -222,7 +244,8 @@ class SocketTransport:
             for router in self._routers():
                 router.linger_s = linger
                 for link in router.living():
-                    link.close()
+                    if link.lane is not Lane.BULK:  # those end with their mates
+                        link.close()
             async with asyncio.timeout_at(deadline):
                 while any(router.living() for router in self._routers()):
                     self._hub.gone.clear()
@@ -235,20 +258,28 @@ class SocketTransport:
     async def _end(self, linger_s: float, *, unlink: bool) -> None:
         for router in self._routers():
             router.stop(linger_s)
-        self._listener = self._dialler = None
+        self._listener = None
+        self._diallers.clear()
         context, self._context = self._context, None
         if context is not None:
             path = self._bound.target if unlink and self._bound.scheme == "ipc" else None
             await asyncio.to_thread(_terminate, context, path)
 
     def _routers(self) -> list[Listener | Dialler]:
-        return [router for router in (self._listener, self._dialler) if router is not None]
+        return [*([self._listener] if self._listener else []), *self._diallers.values()]
 
     def statistics(self) -> TransportStatistics:
         if self._hub is None:
             return TransportStatistics(0, {})
-        links = sum(len(router.living()) for router in self._routers())
+        living = (link for router in self._routers() for link in router.living())
+        links = sum(link.lane is not Lane.BULK for link in living)
         return TransportStatistics(links, dict(self._hub.rejected), **self._hub.counts)
+
+
+def _keep_freed_memory() -> None:
+    """glibc gives the memory of a large block back to the kernel when it is freed, unless a larger one has been
+    freed before: the page faults of each new one cost more than all the rest of receiving a piece."""
+    bytes(_BLOCK_BYTES)
 
 
 def _terminate(context: zmq.Context[Any], path: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from runtime.errors import MisuseError, WireError
 from runtime.wire.frames import Buffer
 from runtime.wire.remote import decode_error, encode_error
-from runtime.wire.values import Encoded, decode, encode
+from runtime.wire.values import Encoded, decode, encode, encode_leaves
 
 __all__ = [
     "Encoded",
@@ -28,6 +28,9 @@ def encode_arguments(
     args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, pickle: bool = True
 ) -> Encoded:
     """The arguments of one call. Raises `MisuseError` that names the argument that cannot be sent."""
+    quick = encode_leaves(args) if not kwargs else None
+    if quick is not None:
+        return quick
     arguments = [list(args), dict(kwargs) if kwargs else None]
     try:
         return encode(arguments, pickle=pickle, what="")

@@ -6,8 +6,9 @@
 
 Part 0 of a batch of small calls is thus everything: one copy, one C call to take it apart. A single record
 needs not even that: its part 0 is preamble and header (kind `_SINGLE`), and all buffers are its own. The kind says
-whether the batch carries records (`DATA`) or belongs to the making and ending of a link (`HELLO`,
-`WELCOME`, `BYE`); what is in those is the transport's business, what headers mean is `wire.messages`'.
+whether the batch carries records (`DATA`; `LOOSE`: not in order with others; `SPLIT`, `PIECE`: with large buffers that
+travel apart, see `transport.bulk`) or belongs to the making and ending of a link (`HELLO`, `WELCOME`,
+`BYE`); what is in those is the transport's business, what headers mean is `wire.messages`'.
 Everything that comes in is checked against `Limits` before anything is made of it: whatever is wrong is a
 `WireError` whose reason is a fixed phrase, so that it can be counted.
 """
@@ -60,12 +61,12 @@ class Limits:
 
 LIMITS = Limits()
 
-VERSION = 1
-DATA, HELLO, WELCOME, BYE, _SINGLE = range(5)
+VERSION = 2
+DATA, HELLO, WELCOME, BYE, _SINGLE, LOOSE, SPLIT, PIECE = range(8)
 
 _MAGIC = b"PR\xf5"
 _PREAMBLE_BYTES = 8
-_PREAMBLES = {k: _MAGIC + bytes((VERSION, k, 0, 0, 0)) for k in range(5)}
+_PREAMBLES = {k: _MAGIC + bytes((VERSION, k, 0, 0, 0)) for k in range(8)}
 _KINDS = {preamble: kind for kind, preamble in _PREAMBLES.items()}
 _ONE = _PREAMBLES[_SINGLE]
 _BYTES_ONLY = frozenset({bytes})

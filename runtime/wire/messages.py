@@ -1,4 +1,4 @@
-"""What the records between two peers say: calls and their answers, casts, cancels, probes, good-byes.
+"""What the records between two peers say: calls and their answers, streams, what keeps both sides in step.
 
 A record's header is one msgpack array: the kind, its fields, and last the body (see `wire.codec`). A body
 of more than `INLINE_BODY` bytes travels as the first buffer instead, so that headers stay short. `encode_*`
@@ -8,8 +8,9 @@ raises `WireError`, and nothing else. What is done about a message is decided in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import msgpack
 
@@ -27,12 +28,14 @@ MAX_REASON = 4096
 _MAX_ID = 2**63
 _MAX_DEADLINE_S = 1e9
 _CALL, _CAST, _RESULT, _ERROR, _CANCEL, _PROBE, _GOODBYE = range(1, 8)
+_STREAM, _ITEM, _MORE, _ACK, _CREDIT, _RESUME, _RESUMED = range(8, 15)
 
 
 class Call(NamedTuple):
     """Do `method` and answer with the same `id`.
 
-    `deadline_s`: how long the caller will still wait, None for ever.
+    `deadline_s`: how long the caller will still wait, None for ever. `stream`: its answer is any number
+    of items before the result.
     """
 
     id: int
@@ -40,6 +43,7 @@ class Call(NamedTuple):
     body: Buffer
     buffers: Sequence[Buffer] = ()
     deadline_s: float | None = None
+    stream: bool = False
 
 
 class Cast(NamedTuple):
@@ -83,21 +87,88 @@ class Probe(NamedTuple):
 
 
 class Goodbye(NamedTuple):
-    """The sender is leaving and will answer no more calls."""
+    """The sender is leaving: it will answer no more calls, and awaits no more answers."""
 
     reason: str
 
 
-Message = Call | Cast | Result | Error | Cancel | Probe | Goodbye
+class Item(NamedTuple):
+    """The next item of the stream `id`."""
 
+    id: int
+    body: Buffer
+    buffers: Sequence[Buffer] = ()
+
+
+class More(NamedTuple):
+    """So many items of the stream `id`, counted from its start, have been used up."""
+
+    id: int
+    used: int
+
+
+class Ack(NamedTuple):
+    """The answers to the calls `ids` have arrived: they need not be kept."""
+
+    ids: Sequence[int]
+
+
+class Credit(NamedTuple):
+    """The calls `ids`, and casts of `cast_bytes` in all since the link began, wait here no longer."""
+
+    cast_bytes: int
+    ids: Sequence[int]
+
+
+class Resume(NamedTuple):
+    """First on every link of a caller: it is later than those with a lower `epoch`, and answers to the
+    calls `ids` of those, and to no others, are still awaited."""
+
+    epoch: int
+    ids: Sequence[int]
+
+
+class Resumed(NamedTuple):
+    """The answer to a `Resume` with calls: of these, `ids` have not arrived, send them again."""
+
+    epoch: int
+    ids: Sequence[int]
+
+
+Message = (
+    Call
+    | Cast
+    | Result
+    | Error
+    | Cancel
+    | Probe
+    | Goodbye
+    | Item
+    | More
+    | Ack
+    | Credit
+    | Resume
+    | Resumed
+)
+
+_T = TypeVar("_T")
 _pack = msgpack.Packer().pack  # runs no code of ours or of users while it packs: safe to share
 
 
-def encode_call(call: Call) -> Record:
-    """Raises `MisuseError` for a method name that no peer would accept."""
-    id, method, body, buffers, deadline_s = call
+def encode_call(
+    id: int,
+    method: str,
+    body: Buffer,
+    buffers: Sequence[Buffer] = (),
+    deadline_s: float | None = None,
+    stream: bool = False,
+) -> Record:
+    """See `Call`. Raises `MisuseError` for a method name that no peer would accept."""
     _check_name(method)
-    return _record((_CALL, id, method, deadline_s), body, buffers)
+    kind = _STREAM if stream else _CALL
+    if len(body) <= INLINE_BODY:
+        return Record(_pack((kind, id, method, deadline_s, body)), buffers)
+    return Record(_pack((kind, id, method, deadline_s, None)), (body, *buffers))
 
 
 def encode_cast(cast: Cast) -> Record:
@@ -107,7 +178,9 @@ def encode_cast(cast: Cast) -> Record:
 
 
 def encode_result(id: int, body: Buffer, buffers: Sequence[Buffer] = ()) -> Record:
-    return _record((_RESULT, id), body, buffers)
+    if len(body) <= INLINE_BODY:
+        return Record(_pack((_RESULT, id, body)), buffers)
+    return Record(_pack((_RESULT, id, None)), (body, *buffers))
 
 
 def encode_error(id: int, body: Buffer, buffers: Sequence[Buffer] = ()) -> Record:
@@ -126,6 +199,34 @@ def encode_probe(probe: Probe) -> Record:
 def encode_goodbye(reason: str) -> Record:
     text = reason[:MAX_REASON].encode("utf-8", "replace").decode()
     return Record(_pack((_GOODBYE, text)))
+
+
+def encode_item(id: int, body: Buffer, buffers: Sequence[Buffer] = ()) -> Record:
+    return _record((_ITEM, id), body, buffers)
+
+
+def encode_more(id: int, used: int) -> Record:
+    return Record(_pack((_MORE, id, used)))
+
+
+def encode_ack(ids: Sequence[int]) -> Record:
+    return _record((_ACK,), _pack_ids(ids), ())
+
+
+def encode_credit(cast_bytes: int, ids: Sequence[int]) -> Record:
+    return _record((_CREDIT, cast_bytes), _pack_ids(ids), ())
+
+
+def encode_resume(epoch: int, ids: Sequence[int]) -> Record:
+    return _record((_RESUME, epoch), _pack_ids(ids), ())
+
+
+def encode_resumed(epoch: int, ids: Sequence[int]) -> Record:
+    return _record((_RESUMED, epoch), _pack_ids(ids), ())
+
+
+def _pack_ids(ids: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(ids)}Q", *ids)
 
 
 def _record(fields: tuple[Any, ...], body: Buffer, buffers: Sequence[Buffer]) -> Record:
@@ -185,12 +286,22 @@ def _read_call(fields: list[Any], buffers: Sequence[Buffer]) -> Call | None:
     if len(fields) != 5:
         return None
     _, id, method, deadline_s, field = fields
-    if not (_is_id(id) and _is_name(method)):
+    # Written out, here and for results: all that is done for every call counts.
+    if type(id) is not int or not 0 <= id < _MAX_ID:
+        return None
+    if type(method) is not str or not 0 < len(method) <= MAX_NAME:
         return None
     if deadline_s is not None and not _is_deadline(deadline_s):
         return None
+    if type(field) is bytes:
+        return Call(id, method, field, buffers, deadline_s)
     body = _body(field, buffers)
     return None if body is None else Call(id, method, *body, deadline_s)
+
+
+def _read_stream(fields: list[Any], buffers: Sequence[Buffer]) -> Call | None:
+    call = _read_call(fields, buffers)
+    return None if call is None else call._replace(stream=True)
 
 
 def _is_deadline(field: object) -> bool:
@@ -206,10 +317,15 @@ def _read_cast(fields: list[Any], buffers: Sequence[Buffer]) -> Cast | None:
 
 
 def _read_result(fields: list[Any], buffers: Sequence[Buffer]) -> Result | None:
-    if len(fields) != 3 or not _is_id(fields[1]):
+    if len(fields) != 3:
         return None
-    body = _body(fields[2], buffers)
-    return None if body is None else Result(fields[1], *body)
+    _, id, field = fields
+    if type(id) is not int or not 0 <= id < _MAX_ID:
+        return None
+    if type(field) is bytes:
+        return Result(id, field, buffers)
+    body = _body(field, buffers)
+    return None if body is None else Result(id, *body)
 
 
 def _read_error(fields: list[Any], buffers: Sequence[Buffer]) -> Error | None:
@@ -233,6 +349,48 @@ def _read_probe(fields: list[Any], buffers: Sequence[Buffer]) -> Probe | None:
     return Probe(origin, path, number, subject)
 
 
+def _read_item(fields: list[Any], buffers: Sequence[Buffer]) -> Item | None:
+    same = _read_result(fields, buffers)
+    return None if same is None else Item(*same)
+
+
+def _read_more(fields: list[Any], buffers: Sequence[Buffer]) -> More | None:
+    if len(fields) != 3 or buffers or not (_is_id(fields[1]) and _is_id(fields[2])):
+        return None
+    return More(fields[1], fields[2])
+
+
+def _read_ack(fields: list[Any], buffers: Sequence[Buffer]) -> Ack | None:
+    ids = _ids(fields[1], buffers) if len(fields) == 2 else None
+    return None if ids is None else Ack(ids)
+
+
+def _read_credit(fields: list[Any], buffers: Sequence[Buffer]) -> Credit | None:
+    return _numbered(Credit, fields, buffers)
+
+
+def _read_resume(fields: list[Any], buffers: Sequence[Buffer]) -> Resume | None:
+    return _numbered(Resume, fields, buffers)
+
+
+def _read_resumed(fields: list[Any], buffers: Sequence[Buffer]) -> Resumed | None:
+    return _numbered(Resumed, fields, buffers)
+
+
+def _numbered(
+    kind: Callable[[int, Sequence[int]], _T], fields: list[Any], buffers: Sequence[Buffer]
+) -> _T | None:
+    ids = _ids(fields[2], buffers) if len(fields) == 3 and _is_id(fields[1]) else None
+    return None if ids is None else kind(fields[1], ids)
+
+
+def _ids(field: object, buffers: Sequence[Buffer]) -> Sequence[int] | None:
+    body = _body(field, buffers)
+    if body is None or len(body[0]) % 8 or len(body[1]):
+        return None
+    return struct.unpack(f"<{len(body[0]) // 8}Q", body[0])
+
+
 def _read_goodbye(fields: list[Any], buffers: Sequence[Buffer]) -> Goodbye | None:
     if len(fields) != 2 or buffers or type(fields[1]) is not str or len(fields[1]) > MAX_REASON:
         return None
@@ -247,4 +405,11 @@ _READERS = {
     _CANCEL: _read_cancel,
     _PROBE: _read_probe,
     _GOODBYE: _read_goodbye,
+    _STREAM: _read_stream,
+    _ITEM: _read_item,
+    _MORE: _read_more,
+    _ACK: _read_ack,
+    _CREDIT: _read_credit,
+    _RESUME: _read_resume,
+    _RESUMED: _read_resumed,
 }

@@ -75,6 +75,18 @@ def encode(value: Any, *, pickle: bool = True, what: str = "the value") -> Encod
         raise MisuseError(f"{what} cannot be sent without pickle: nested too deeply") from error
 
 
+def encode_leaves(values: Sequence[Any]) -> Encoded | None:
+    """`[values, None]`, where none of them needs to be taken apart: most calls are such. Else None."""
+    for value in values:
+        kind = type(value)
+        if kind not in _LEAVES and (kind is not bytes or len(value) >= APART_BYTES):
+            return None
+    try:
+        return Encoded(_pack([list(values), None]), [])
+    except (OverflowError, UnicodeEncodeError):
+        return None
+
+
 def _encode_plain(value: Any, *, share: bool, careful: bool = False) -> Encoded:
     buffers: list[Buffer] = []
     return Encoded(_pack(_Encoder(buffers, share=share, careful=careful).plain(value)), buffers)

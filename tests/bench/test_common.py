@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from bench import common
@@ -50,6 +52,19 @@ def test_a_goal_without_the_other_side_is_neither() -> None:
     assert only_row(found)["reached"] is None
 
 
+def test_a_goal_may_be_a_bound_alone_or_no_bound_at_all() -> None:
+    for limit, reached in ((2.0, True), (1.9, False)):
+        assert only_row(figures([2.0], [4.0], Goal("m", "a", absolute=limit)))["reached"] is reached
+    shown = only_row(figures([2.0], [4.0], Goal("m", "a", "b")))
+    assert (shown["ratio"], shown["reached"]) == (0.5, None)
+
+
+def test_a_metric_may_be_held_against_several_sides() -> None:
+    goals = [Goal("m", "a", "b", 0.5), Goal("m", "a", "c", 0.5)]
+    found = Figures("t", goals, {"a": {"m": [2.0]}, "b": {"m": [4.0]}, "c": {"m": [3.0]}})
+    assert [row["reached"] for row in found.rows() if "goal" in row] == [True, False]
+
+
 def test_sides_take_turns_and_change_who_begins() -> None:
     order = []
 
@@ -58,6 +73,15 @@ def test_sides_take_turns_and_change_who_begins() -> None:
 
     common.take_turns("t", [side("a"), side("b")], 3)
     assert order == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_the_load_stands_below_a_table_of_disturbed_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(common, "wait_until_quiet", lambda: False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (7.5, 0.0, 0.0))
+    found = common.take_turns("t", [Side("a", lambda: {"m": 1.0})], 2)
+    assert "2 turns began while the machine was busy; load before turns 7.5 to 7.5" in found.table()
 
 
 def test_a_turn_that_fails_is_told_and_does_not_end_the_others() -> None:

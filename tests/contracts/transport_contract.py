@@ -11,7 +11,7 @@ from typing import Protocol
 import pytest
 
 from runtime.errors import Closed, ConfigError, MisuseError
-from runtime.transport.base import Link, Record, Transport
+from runtime.transport.base import Lane, Link, Record, Transport
 
 
 class Network(Protocol):
@@ -48,7 +48,11 @@ class Inbox:
                 await self._news.wait()
 
     async def until_count(self, count: int, timeout: float = 10.0) -> None:
-        await self.until(lambda: len(self.records) >= count, timeout)
+        try:
+            await self.until(lambda: len(self.records) >= count, timeout)
+        except TimeoutError:
+            found = f"{len(self.records)} of {count} records came, lost: {self.lost}"
+            raise AssertionError(found) from None
 
 
 def echo(link: Link, record: Record) -> None:
@@ -75,12 +79,161 @@ class Peers:
             await transport.close(0.2)
 
 
-class TransportContract:
+class LanesContract:
+    """Lanes, and buffers of any size."""
+
     @pytest.fixture
     async def peers(self, network: Network):
         peers = Peers(network)
         yield peers
         await peers.close()
+
+    async def test_each_lane_is_a_link_of_its_own_and_both_ends_know_which(
+        self, peers: Peers
+    ) -> None:
+        a, _ = await peers.start("a.1")
+        b, inbox = await peers.start("b.1")
+        links = {lane: a.connect("b.1", b.address, lane) for lane in (Lane.CONTROL, Lane.RPC)}
+        assert a.connect("b.1", b.address, Lane.CONTROL) is links[Lane.CONTROL]
+        assert a.connect("b.1", b.address) is links[Lane.RPC]
+        for lane, link in links.items():
+            assert link.lane is lane
+            link.send(Record(lane.name.encode()))
+        await inbox.until_count(2)
+        assert {link.lane.name.encode(): r.header for link, r in inbox.records} == {
+            b"CONTROL": b"CONTROL",
+            b"RPC": b"RPC",
+        }
+        links[Lane.RPC].close()
+        await inbox.until(lambda: inbox.lost)
+        assert inbox.lost[0][0].lane is Lane.RPC
+        links[Lane.CONTROL].send(Record(b"still there"))
+        await inbox.until_count(3)
+        assert (a.statistics().links, len(inbox.lost)) == (1, 1)
+
+    async def test_records_of_any_size_keep_their_order_and_come_back_as_they_were(
+        self, peers: Peers
+    ) -> None:
+        a, inbox = await peers.start("a.1")
+        b, _ = await peers.start("b.1", echo)
+        draw = random.Random(3)
+        link, sent = a.connect("b.1", b.address), []
+        for number in range(40):
+            sizes = draw.choices([0, 10, 70_000, 2**20, 2**20 + 1, 2_500_000], k=number % 4)
+            sent.append(Record(b"%d" % number, [draw.randbytes(size) for size in sizes]))
+            link.send(sent[-1])
+        await inbox.until_count(40, 30)
+        assert inbox.headers == [record.header for record in sent]
+        for (_, got), record in zip(inbox.records, sent, strict=True):
+            assert [bytes(buffer) for buffer in got.buffers] == list(record.buffers)
+
+    async def test_unordered_records_arrive_once_and_do_not_disturb_the_order_of_others(
+        self, peers: Peers
+    ) -> None:
+        a, inbox = await peers.start("a.1")
+        b, _ = await peers.start("b.1", lambda link, record: link.send(record, ordered=False))
+        link, sizes = a.connect("b.1", b.address), (1, 3_000_000, 100_000)
+        for number in range(60):
+            ordered = number % 4 < 2
+            record = Record(
+                b"%s %d" % (b"in" if ordered else b"any", number), [bytes(sizes[number % 3])]
+            )
+            link.send(record, ordered=ordered)
+        await inbox.until_count(60, 30)
+        assert len(set(inbox.headers)) == 60
+        for _, record in inbox.records:
+            assert len(record.buffers[0]) == sizes[int(record.header.split()[1]) % 3]
+
+    async def test_ordered_records_stay_in_order_while_others_overtake(self, peers: Peers) -> None:
+        a, _ = await peers.start("a.1")
+        b, inbox = await peers.start("b.1")
+        link = a.connect("b.1", b.address)
+        for number in range(200):
+            size = 5_000_000 if number % 50 == 0 else 10
+            link.send(Record(b"%d" % number, [bytes(size)]), ordered=number % 5 != 1)
+        await inbox.until_count(200, 30)
+        numbers = [int(header) for header in inbox.headers]
+        assert sorted(numbers) == list(range(200))
+        in_order = [number for number in numbers if number % 5 != 1]
+        assert in_order == sorted(in_order)
+
+    async def test_a_very_large_buffer_belongs_to_its_receiver(self, peers: Peers) -> None:
+        a, _ = await peers.start("a.1")
+        b, inbox = await peers.start("b.1")
+        mine = bytearray(b"x" * 9_000_001)
+        a.connect("b.1", b.address).send(Record(b"h", [mine, b"small"]))
+        await inbox.until_count(1)
+        view = memoryview(inbox.records[0][1].buffers[0])
+        assert (len(view), view.readonly, view[-1]) == (9_000_001, False, ord("x"))
+        view[0] = 0
+        assert mine[0] == ord("x")
+
+    async def test_control_passes_while_large_buffers_flow_both_ways(self, peers: Peers) -> None:
+        a, inbox = await peers.start("a.1")
+        b, _ = await peers.start("b.1", echo)
+        data, loop = bytes(32 * 1024 * 1024), asyncio.get_running_loop()
+        bulk, control = a.connect("b.1", b.address), a.connect("b.1", b.address, Lane.CONTROL)
+        for _ in range(4):
+            bulk.send(Record(b"large", [data]))
+        worst = 0.0
+        while inbox.headers.count(b"large") < 4:
+            start, count = loop.time(), inbox.headers.count(b"c")
+            control.send(Record(b"c"))
+            await inbox.until(lambda n=count: inbox.headers.count(b"c") > n)
+            worst = max(worst, loop.time() - start)
+            await asyncio.sleep(0.002)
+        assert worst < 1.0
+
+    async def test_closing_a_link_flushes_its_large_buffers(self, peers: Peers) -> None:
+        a, at_a = await peers.start("a.1")
+        b, at_b = await peers.start("b.1")
+        link = a.connect("b.1", b.address)
+        link.send(Record(b"hello"))
+        await at_b.until_count(1)
+        link.send(Record(b"large", [bytes(24_000_000)]))
+        link.send(Record(b"last"))
+        link.close()
+        await at_b.until(lambda: at_b.lost)
+        assert at_b.headers == [b"hello", b"large", b"last"]
+        assert "closed by the peer" in at_b.lost[0][1]
+        assert at_a.lost == []
+
+    async def test_two_peers_that_dial_each_other_send_each_other_large_buffers(
+        self, peers: Peers
+    ) -> None:
+        a, at_a = await peers.start("a.1")
+        b, at_b = await peers.start("b.1")
+        a.connect("b.1", b.address).send(Record(b"from a", [b"a" * 5_000_000]))
+        b.connect("a.1", a.address).send(Record(b"from b", [b"b" * 5_000_000]))
+        await at_a.until_count(1)
+        await at_b.until_count(1)
+        assert bytes(at_a.records[0][1].buffers[0]) == b"b" * 5_000_000
+        assert bytes(at_b.records[0][1].buffers[0]) == b"a" * 5_000_000
+        assert a.statistics().links == b.statistics().links == 2
+
+    async def test_a_link_lost_in_the_middle_of_a_transfer_is_reported_once_and_keeps_nothing(
+        self, peers: Peers
+    ) -> None:
+        a, at_a = await peers.start("a.1")
+        b, at_b = await peers.start("b.1")
+        link = a.connect("b.1", b.address)
+        link.send(Record(b"hello"))
+        await at_b.until_count(1)
+        met = at_b.records[0][0]
+        for side in (link, met):
+            for _ in range(8):
+                side.send(Record(b"large", [bytes(32 * 1024 * 1024)]))
+        await b.close(0.01)
+        await at_a.until(lambda: at_a.lost)
+        await asyncio.sleep(0.2)
+        assert [lost for lost, _ in at_a.lost] == [link]
+        assert at_b.lost == []
+        assert link.queued_bytes() == met.queued_bytes() == 0
+        assert a.statistics().links == 0
+
+
+class TransportContract(LanesContract):
+    """Links: how they are made, used and ended."""
 
     async def test_records_arrive_in_order_with_their_buffers(self, peers: Peers) -> None:
         a, _ = await peers.start("a.1")

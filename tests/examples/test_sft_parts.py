@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
-from examples.sft import data, report, train
+from examples.sft import data, train
 from examples.sft.evaluate import printable
 from examples.sft.model import GPT, fingerprint, nats_per_byte, write
 from examples.sft.settings import FAST, Settings
@@ -112,19 +109,6 @@ def test_the_learning_rate_rises_and_then_falls_to_a_tenth() -> None:
     assert sorted(paces[10:], reverse=True) == paces[10:]
 
 
-def test_a_checkpoint_holds_all_that_the_next_step_depends_on(model: GPT) -> None:
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
-    optimizer.step()
-    packed = train.pack(model, optimizer, TINY, 7)
-    state = torch.load(io.BytesIO(packed), weights_only=True)
-    assert set(state) == {"step", "seed", "model", "optimizer", "random"}
-    assert state["step"] == 7
-    assert torch.equal(state["model"]["head.weight"], model.head.weight)
-    assert torch.equal(state["random"], torch.get_rng_state())
-    assert len(state["optimizer"]["state"]) == len(list(model.parameters()))
-
-
 # What one sees
 
 
@@ -133,43 +117,3 @@ def test_a_sample_cannot_play_with_the_terminal() -> None:
         printable(b"def f():\n\treturn \x1b[2J\xff")
         == "def f():\n\N{MIDDLE DOT}return \N{MIDDLE DOT}[2J\ufffd"
     )
-
-
-def _line(**console: bool) -> str:
-    out = io.StringIO()
-    progress = report.Progress(first=0, steps=100, bytes_a_step=1000)
-    progress.begun -= 20.0
-    progress.console = Console(file=out, width=110, highlight=False, **console)  # type: ignore[arg-type]
-    progress.show(10, 3.14159)
-    return out.getvalue()
-
-
-def test_the_progress_line_says_step_loss_speed_and_time_left() -> None:
-    assert _line() == "step  10/100  loss 3.142  500 tokens/s  3:00 left\n"
-
-
-def test_on_a_terminal_the_line_has_a_bar_and_colours_and_is_one_line() -> None:
-    line = _line(force_terminal=True)
-    assert "━" in line
-    assert "\x1b[" in line
-    assert "tokens/s" in line
-    assert line.count("\n") == 1
-
-
-def test_the_curve_goes_on_from_its_file_up_to_the_step_resumed_from(tmp_path: Path) -> None:
-    path = tmp_path / "curve.csv"
-    curve = report.Curve(path, until_step=-1)
-    for step, loss in [(0, 5.5), (50, 2.5), (25, 3.5)]:
-        curve.add(step, loss)
-    assert path.read_text() == "step,nats_per_byte\n0,5.500000\n25,3.500000\n50,2.500000\n"
-    assert report.Curve(path, until_step=30).losses == {0: 5.5, 25: 3.5}
-    assert path.read_text() == "step,nats_per_byte\n0,5.500000\n25,3.500000\n"
-    assert report.Curve(path, until_step=-1).losses == {}
-
-
-def test_the_picture_is_a_png(tmp_path: Path) -> None:
-    curve = report.Curve(tmp_path / "curve.csv", until_step=-1)
-    curve.add(0, 5.5)
-    curve.add(10, 2.5)
-    curve.draw(tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

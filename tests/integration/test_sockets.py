@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -161,9 +162,20 @@ async def test_a_stopped_peer_is_not_a_dead_one(
         child.end()
 
 
-def _hello(peer: str, wanted: str = "a.1") -> list[bytes]:
-    records = [Record(peer.encode()), Record(wanted.encode())]
+def _hello(peer: str, wanted: str = "a.1", lane: str = "RPC") -> list[bytes]:
+    records = [Record(text.encode()) for text in (peer, wanted, lane)]
     return [bytes(part) for part in frames.encode_batch(records, frames.HELLO)]
+
+
+def _split(size: int) -> list[bytes]:
+    """A record whose only buffer comes apart."""
+    text = struct.pack("<?QIQ", True, 0, 0, size)
+    return [bytes(p) for p in frames.encode_batch([Record(text), Record(b"large")], frames.SPLIT)]
+
+
+def _piece(number: int, size: int, offset: int, data: bytes) -> list[bytes]:
+    record = Record(struct.pack("<QQQ", number, size, offset), [data])
+    return [bytes(part) for part in frames.encode_batch([record], frames.PIECE)]
 
 
 def _data(*headers: bytes) -> list[bytes]:
@@ -212,7 +224,11 @@ GARBAGE = {
     "malformed header": [[HEAD + b"\x91" * 3000], [HEAD + msgpack.packb({"a": 1})]],
     "no hello": [_data(b"x")],
     "wrong peer": [_hello("x.1", "somebody.else")],
-    "malformed handshake": [[_hello("x.1")[0][:8] + msgpack.packb([b"one"])]],
+    "no link": [_hello("x.1", lane="BULK")],
+    "malformed handshake": [
+        [_hello("x.1")[0][:8] + msgpack.packb([b"one"])],
+        _hello("x.1", lane="FAST"),
+    ],
 }
 
 
@@ -267,6 +283,94 @@ async def test_a_link_that_turns_bad_is_lost_and_what_follows_is_ignored(
     again.socket.send_multipart(_hello("x.1"))
     assert (await again.answer()).kind == frames.WELCOME
     again.close()
+
+
+async def test_a_transfer_by_hand_is_delivered_and_a_bad_piece_ends_both_links(
+    peer: tuple[SocketTransport, Inbox], stranger: Stranger
+) -> None:
+    transport, inbox = peer
+    bulk = Stranger(transport.address)
+    for socket, lane in ((stranger, "RPC"), (bulk, "BULK")):
+        socket.socket.send_multipart(_hello("x.1", lane=lane))
+        assert (await socket.answer()).kind == frames.WELCOME
+    bulk.socket.send_multipart(_piece(0, 10, 0, b"before"))
+    stranger.socket.send_multipart(_split(10))
+    stranger.socket.send_multipart(_data(b"behind"))
+    bulk.socket.send_multipart(_piece(0, 10, 6, b"hand"))
+    await inbox.until_count(2)
+    assert inbox.headers == [b"large", b"behind"]
+    assert bytes(inbox.records[0][1].buffers[0]) == b"beforehand"
+    assert transport.statistics().links == 1
+    bulk.socket.send_multipart(_piece(7, 10, 0, b"what?"))
+    await inbox.until(lambda: inbox.lost)
+    assert len(inbox.lost) == 1
+    assert "broke the protocol: unknown transfer" in inbox.lost[0][1]
+    assert transport.statistics()[:2] == (0, {"unknown transfer": 1})
+    for socket in (stranger, bulk):
+        assert (await socket.answer()).kind == frames.BYE
+    bulk.close()
+
+
+@pytest.mark.parametrize("message", [_piece(0, 3, 0, b"abc"), _split(0)])
+async def test_pieces_on_the_wrong_lane_and_bad_lists_end_the_link(
+    peer: tuple[SocketTransport, Inbox], stranger: Stranger, message: list[bytes]
+) -> None:
+    _, inbox = peer
+    stranger.socket.send_multipart(_hello("x.1"))
+    assert (await stranger.answer()).kind == frames.WELCOME
+    stranger.socket.send_multipart(message)
+    await inbox.until(lambda: inbox.lost)
+    assert "broke the protocol" in inbox.lost[0][1]
+
+
+async def test_a_bulk_link_that_ends_in_a_transfer_ends_the_link_of_its_record(
+    peer: tuple[SocketTransport, Inbox], stranger: Stranger
+) -> None:
+    transport, inbox = peer
+    bulk = Stranger(transport.address)
+    for socket, lane in ((stranger, "RPC"), (bulk, "BULK")):
+        socket.socket.send_multipart(_hello("x.1", lane=lane))
+        assert (await socket.answer()).kind == frames.WELCOME
+    stranger.socket.send_multipart(_split(10))
+    bulk.socket.send_multipart(_piece(0, 10, 0, b"before"))
+    bulk.close()
+    await inbox.until(lambda: inbox.lost)
+    assert (inbox.records, len(inbox.lost)) == ([], 1)
+    assert "connection lost" in inbox.lost[0][1]
+    assert (await stranger.answer()).kind == frames.BYE
+
+
+@pytest.mark.parametrize("way", ["there", "back"])
+async def test_a_peer_killed_in_the_middle_of_a_transfer_is_lost_once(
+    peer: tuple[SocketTransport, Inbox], directory: Path, way: str
+) -> None:
+    transport, inbox = peer
+    address = f"ipc://{directory}/b"
+    child = Child("b.1", address)
+    try:
+        await child.ready()
+        link = transport.connect("b.1", address)
+        link.send(Record(b"up", [bytes(3_000_000)]))
+        await inbox.until_count(1)
+        seen = transport.statistics()
+        for _ in range(4):
+            link.send(Record(b"x", [bytes(64 * 1024 * 1024)]))
+
+        def moved() -> bool:
+            now = transport.statistics()
+            gone, come = now.bytes_out - seen.bytes_out, now.bytes_in - seen.bytes_in
+            return (gone if way == "there" else come) > 20_000_000
+
+        while not moved():  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.001)
+        child.kill()
+        await inbox.until(lambda: inbox.lost)
+        await asyncio.sleep(0.3)
+        assert [lost for lost, _ in inbox.lost] == [link]
+        assert link.queued_bytes() == 0
+        assert transport.statistics().links == 0
+    finally:
+        child.end()
 
 
 async def test_a_second_peer_with_the_same_id_does_not_take_over(

@@ -169,6 +169,7 @@ def test_a_worker_has_the_whole_environment_of_torchrun_and_ours() -> None:
         "RUNTIME_GLOBAL_WORLD_SIZE": "3",
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
     assert plan.launches[1].env["OMP_NUM_THREADS"] == "1", "two workers share h1"
 
@@ -181,6 +182,14 @@ def test_omp_num_threads_is_set_only_where_nobody_said_it() -> None:
     assert threads("t.py") is None
     assert threads("--nproc-per-node 2 t.py", env={"OMP_NUM_THREADS": "7"}) is None
     assert threads("--nproc-per-node 2 -x OMP_NUM_THREADS=5 t.py") == "5"
+
+
+def test_large_pages_are_asked_for_beside_what_the_user_says_of_the_allocator() -> None:
+    def said(line: str, **facts: Any) -> str:
+        return planned(line, **facts).launches[0].env["GLIBC_TUNABLES"]
+
+    assert said("t.py", env={"GLIBC_TUNABLES": "a=2"}) == "a=2:glibc.malloc.hugetlb=1"
+    assert said("-x GLIBC_TUNABLES=b=3 t.py") == "b=3:glibc.malloc.hugetlb=1"
 
 
 def test_precedence_is_inherited_then_global_then_role() -> None:
@@ -460,7 +469,8 @@ def test_the_text_form_reads_well() -> None:
         "\n"
         "role train: elastic, 2 workers, restart gang, 3x\n"
         "  /usr/bin/python3 -m runtime.worker --entry m:f\n"
-        "  all: GROUP_RANK=0 GROUP_WORLD_SIZE=1 K='a b' LOCAL_WORLD_SIZE=2 NODE_RANK=0 OMP_NUM_THREADS=1 "
+        "  all: GLIBC_TUNABLES=glibc.malloc.hugetlb=1 GROUP_RANK=0 GROUP_WORLD_SIZE=1 K='a b' "
+        "LOCAL_WORLD_SIZE=2 NODE_RANK=0 OMP_NUM_THREADS=1 "
         "PYTHONFAULTHANDLER=1 ROLE_NAME=train ROLE_WORLD_SIZE=2 RUNTIME_GLOBAL_WORLD_SIZE=3 "
         "RUNTIME_HOST=localhost RUNTIME_JOB_ID=j1 RUNTIME_ROLE=train TORCHELASTIC_MAX_RESTARTS=3 "
         "TORCHELASTIC_RUN_ID=j1 TORCHELASTIC_USE_AGENT_STORE=False WORLD_SIZE=2\n"
@@ -469,7 +479,8 @@ def test_the_text_form_reads_well() -> None:
         "\n"
         "role eval: simple, 1 worker, restart one, 3x, no driver\n"
         "  /usr/bin/python3 eval.py --n 1\n"
-        "  eval-0 on localhost: GROUP_RANK=0 GROUP_WORLD_SIZE=1 K='a b' LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 "
+        "  eval-0 on localhost: GLIBC_TUNABLES=glibc.malloc.hugetlb=1 GROUP_RANK=0 GROUP_WORLD_SIZE=1 "
+        "K='a b' LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 "
         "NODE_RANK=0 OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 RANK=0 ROLE_NAME=eval ROLE_RANK=0 "
         "ROLE_WORLD_SIZE=1 RUNTIME_ACTOR=eval-0 RUNTIME_GLOBAL_RANK=2 RUNTIME_GLOBAL_WORLD_SIZE=3 "
         "RUNTIME_HOST=localhost RUNTIME_JOB_ID=j1 RUNTIME_ROLE=eval TORCHELASTIC_MAX_RESTARTS=3 "

@@ -21,7 +21,7 @@ from runtime.peer.calls import (
 from runtime.wire.messages import Probe
 
 
-class FakeLink(NamedTuple):
+class FakeChannel(NamedTuple):
     peer: str
 
 
@@ -34,46 +34,59 @@ class Item:
         self.deadline = deadline
 
 
-def table_with(link: Any, count: int) -> tuple[CallTable, list[Outgoing]]:
+def table_with(channel: Any, count: int) -> tuple[CallTable, list[Outgoing]]:
     table = CallTable()
     calls = [table.open("b-0", "f", None, 0.0) for _ in range(count)]  # type: ignore[arg-type]
     for call in calls:
-        call.link = link
+        call.channel, call.sent = channel, True
     return table, calls
 
 
 def test_an_answer_finds_its_call_once_and_is_late_after_that() -> None:
-    link = FakeLink("b-0.1")
-    table, (first, second) = table_with(link, 2)
-    assert table.answer(link, first.id) is first
-    assert table.answer(link, first.id) is None
+    channel = FakeChannel("b-0.1")
+    table, (first, second) = table_with(channel, 2)
+    assert table.answer(channel, first.id) is first
+    assert table.answer(channel, first.id) is None
     assert table.late == 1
     assert first not in table
     assert second in table
     assert len(table) == 1
 
 
-def test_an_answer_by_another_link_is_nobodys() -> None:
-    table, (call,) = table_with(FakeLink("b-0.1"), 1)
-    assert table.answer(FakeLink("c-0.1"), call.id) is None
+def test_an_answer_by_another_channel_is_nobodys() -> None:
+    table, (call,) = table_with(FakeChannel("b-0.1"), 1)
+    assert table.answer(FakeChannel("c-0.1"), call.id) is None
     assert call in table
 
 
 def test_a_dropped_call_is_dropped_once() -> None:
-    link = FakeLink("b-0.1")
-    table, (call,) = table_with(link, 1)
+    channel = FakeChannel("b-0.1")
+    table, (call,) = table_with(channel, 1)
     assert table.drop(call)
     assert not table.drop(call)
-    assert table.answer(link, call.id) is None
+    assert table.answer(channel, call.id) is None
 
 
-def test_calls_are_found_by_link_and_by_peer_in_order() -> None:
-    link = FakeLink("b-0.1")
-    table, calls = table_with(link, 3)
-    calls[1].link = None
-    assert table.sent_by(link) == [calls[0], calls[2]]
-    assert table.sent_to("b-0.1") == [calls[0], calls[2]]
+def test_calls_that_were_sent_are_found_by_their_channel_in_order() -> None:
+    channel = FakeChannel("b-0.1")
+    table, calls = table_with(channel, 3)
+    calls[1].sent = False
+    assert table.sent_by(channel) == [calls[0], calls[2]]
+    assert table.find(channel, calls[1].id) is calls[1]
+    assert table.find(FakeChannel("c-0.1"), calls[0].id) is None
     assert table.all() == calls
+
+
+def test_a_call_that_is_made_once_more_has_a_new_id_and_is_not_sent() -> None:
+    channel = FakeChannel("b-0.1")
+    table, (call,) = table_with(channel, 1)
+    old = call.id
+    table.renew(call)
+    assert call.id != old
+    assert table.answer(channel, old) is None
+    assert call in table
+    assert table.sent_by(channel) == []
+    assert table.load("b-0") == 1
 
 
 def test_what_is_due_comes_earliest_first_and_only_once() -> None:
@@ -126,7 +139,7 @@ def test_deadlines_give_exactly_what_was_not_forgotten(spec: list[tuple[float, b
 
 
 def incoming(name: str = "f", id: int = 1) -> Incoming:
-    return Incoming(FakeLink("x-0.1"), id, Method(name), None)
+    return Incoming(FakeChannel("x-0.1"), id, Method(name), None)
 
 
 def test_a_lane_starts_in_order_and_no_more_than_its_limit() -> None:
@@ -167,7 +180,7 @@ class Process:
         self.calls: dict[int, Incoming] = {}
 
     def arrives(self, call: Outgoing, method: str, *, start: bool) -> Incoming:
-        found = Incoming(FakeLink("caller"), call.id, Method(method), None)
+        found = Incoming(FakeChannel("caller"), call.id, Method(method), None)
         self.calls[call.id] = found
         self.lane.queue(found)
         if start:
@@ -180,7 +193,7 @@ _ids = iter(range(1, 10**6))
 
 def call_to(process: Process) -> Outgoing:
     call = Outgoing(next(_ids), process.peer, "?", None, 0.0)  # type: ignore[arg-type]
-    call.link = process
+    call.channel, call.sent = process, True
     return call
 
 

@@ -1,70 +1,21 @@
-"""Groups, actors, futures and proxies, as plain threads and as coroutines use them."""
+"""Groups and their members: who they are, and calling one, all, or the least busy."""
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import logging
 import threading
-from collections.abc import AsyncIterator
+from collections import OrderedDict
 from typing import Any
 
 import pytest
+import torch
 
-from runtime.errors import (
-    CallGroupError,
-    MisuseError,
-    NotExposedError,
-    PeerLostError,
-    RemoteError,
-    Timeout,
-)
+from runtime.errors import CallGroupError, MisuseError, PeerLostError, Timeout
 from runtime.peer import context
-from runtime.peer import future as futures
-from runtime.peer.endpoint import Endpoint
-from runtime.peer.group import RoleActor, RoleGroup
+from runtime.peer.group import RoleGroup
 from runtime.peer.method import rpc
-from runtime.peer.proxy import create_rpc_proxy, export_rpc_instance, export_rpc_method
-from tests.peer.support import World, echo, settle, until, world
-
-FEW_S = 10.0
-
-
-@pytest.fixture
-async def job() -> AsyncIterator[World]:
-    """`me-0` is this process; the workers w-0 … w-2 serve."""
-    async with world(me=1, w=3, empty=0, other=2) as made:
-        me = await made.start("me-0")
-        made.install(me)
-        for rank in range(3):
-            await made.start(f"w-{rank}", **handlers(rank))
-        yield made
-
-
-def handlers(rank: int) -> dict[str, Any]:
-    async def who() -> int:
-        return rank
-
-    async def odd_fails(text: str = "no") -> int:
-        if rank % 2:
-            raise KeyError(text)
-        return rank
-
-    async def hang() -> None:
-        await asyncio.Event().wait()
-
-    def plain(x: int, *, y: int = 0) -> int:
-        return rank * 100 + x + y
-
-    return {"who": who, "odd_fails": odd_fails, "hang": hang, "plain": plain, "echo": echo}
-
-
-def blocking(work: Any, *args: Any) -> Any:
-    """Run plain code in a thread, as a trainer's main thread would."""
-    return asyncio.to_thread(work, *args)
-
-
-# groups
+from tests.peer.support import World, settle, until
+from tests.peer.workers import FEW_S, blocking, handlers, worker
 
 
 async def test_a_group_is_a_sequence_of_its_members(job: World) -> None:
@@ -152,7 +103,7 @@ async def test_failures_may_stand_in_the_list(job: World) -> None:
 async def test_a_lost_member_is_named_with_its_cause(job: World) -> None:
     call = RoleGroup("w").call("hang")
     call.add_done_callback(lambda done: done.exception())
-    lost = next(e for e in job._open if e.peer.startswith("w-1"))
+    lost = worker(job, 1)
     await settle()
     await job.kill(lost, "SIGSEGV")
     await settle()
@@ -192,6 +143,73 @@ async def test_what_cannot_be_sent_is_refused_before_anything_is(job: World) -> 
     assert context.current().endpoint.statistics().calls_out == 0
 
 
+async def test_scattered_lists_give_each_member_its_own_item(job: World) -> None:
+    group = RoleGroup("w")
+    assert await group.call("plain", [1, 2, 3], y=[10, 20, 30], _scatter=True) == [11, 122, 233]
+    assert await group.call("who", _scatter=True) == [0, 1, 2]
+    assert await group[3:].call("plain", [], _scatter=True) == []
+    with pytest.raises(MisuseError, match="argument 'y' has 2 items; with _scatter it needs 3"):
+        group.call("plain", [1, 2, 3], y=[1, 2], _scatter=True)
+    with pytest.raises(MisuseError, match="argument 0 is a int; with _scatter"):
+        group.call("plain", 1, _scatter=True)
+    with pytest.raises(MisuseError, match="lock"):
+        group.call("plain", [1, 2, threading.Lock()], _scatter=True)
+    await settle()
+    assert context.current().endpoint.statistics().calls_out == 6
+
+
+async def test_weights_are_broadcast_as_they_are_now(job: World) -> None:
+    got: dict[int, Any] = {}
+
+    def loads(rank: int) -> Any:
+        async def load_weights(state_dict: dict[str, Any], **named: Any) -> int:
+            got[rank] = state_dict, named
+            return rank
+
+        return load_weights
+
+    for rank in range(3):
+        worker(job, rank).export("load_weights", loads(rank))
+        worker(job, rank).export("other", loads(rank + 10))
+    state = OrderedDict(weight=torch.ones(4000, 3), bias=torch.ones(3, requires_grad=True))
+    call = RoleGroup("w").broadcast(state)
+    state["weight"].zero_()
+    assert await call == [0, 1, 2]
+    for rank in range(3):
+        found, named = got[rank]
+        assert (type(found), list(found), named) == (dict, ["weight", "bias"], {})
+        assert (float(found["weight"].sum()), found["bias"].tolist()) == (12000, [1, 1, 1])
+    got[0][0]["weight"].zero_()
+    assert float(got[1][0]["weight"].sum()) == 12000, "each has its own"
+    assert await RoleGroup("w").broadcast(state, "other", version=3) == [10, 11, 12]
+    assert got[11][1] == {"version": 3}
+    with pytest.raises(MisuseError, match=r"broadcast\(Tensor\): give a state dict"):
+        RoleGroup("w").broadcast(torch.ones(3))  # type: ignore[arg-type]
+    assert await RoleGroup("w")[3:].broadcast(state) == []
+
+
+@pytest.mark.parametrize("retry", [-1, True, 1.5, "2"])
+async def test_a_number_of_retries_that_is_none_is_refused(job: World, retry: Any) -> None:
+    with pytest.raises(MisuseError, match="whole numbers from 0"):
+        RoleGroup("w").options(retry=retry)
+    with pytest.raises(MisuseError, match="whole numbers from 0"):
+        RoleGroup("w")[0].options(retry=retry)
+
+
+async def test_an_idempotent_call_reaches_the_next_start_of_its_member(job: World) -> None:
+    call = RoleGroup("w").options(idempotent=True, retry=1).call("hang")
+    once = RoleGroup("w")[1].call("hang")
+    await settle()
+    await job.kill(worker(job, 1))
+    with pytest.raises(PeerLostError, match="SIGKILL"):
+        await once
+    assert not call.done()
+    again = await job.start("w-1", **handlers(1))
+    await until(lambda: again.statistics().running == 1)
+    call.cancel()
+    await until(lambda: not any(endpoint.statistics().running for endpoint in job._open))
+
+
 async def test_a_cast_reaches_every_member(job: World) -> None:
     seen: list[str] = []
 
@@ -216,275 +234,13 @@ async def test_ready_is_when_every_member_answers(job: World) -> None:
         await blocking(RoleGroup("other").wait_ready, 0.05)
 
 
-# futures
-
-
-async def test_a_blocking_wait_on_the_loop_names_the_async_form(job: World) -> None:
-    future = RoleGroup("w").call("who")
-    with pytest.raises(MisuseError, match="`await`"):
-        future.result()
-    assert await future == [0, 1, 2]
-    assert future.result() == [0, 1, 2], "what is done does not block"
-    assert future.exception() is None
-    assert future.done()
-    assert "done" in repr(future)
-
-
-async def test_giving_up_the_wait_is_not_giving_up_the_call(job: World) -> None:
-    gate = asyncio.Event()
-
-    async def gated() -> str:
-        await gate.wait()
-        return "through"
-
-    job._open[1].export("gated", gated)
-    future = RoleGroup("w")[0].call("gated")
-    await settle()
-    for _ in range(3):
-        with pytest.raises(
-            Timeout, match=r"no result within 0\.01 s: .*gated\(\) of w-0.*w-0 runs it"
-        ):
-            await blocking(future.result, 0.01)
-    assert future._callbacks == [], "waits that were given up leave nothing"
-    with pytest.raises(Timeout):
-        await blocking(future.exception, 0)
-    gate.set()
-    assert await blocking(future.result, FEW_S) == "through"
-
-
-async def test_cancelling_a_future_cancels_the_calls(job: World) -> None:
-    future = RoleGroup("w").call("hang")
-    await settle()
-    assert job._open[1].statistics().running == 1
-    assert await blocking(future.cancel)
-    assert not future.cancel()
-    assert future.cancelled()
-    await until(lambda: not any(endpoint.statistics().running for endpoint in job._open))
-    with pytest.raises(concurrent.futures.CancelledError, match="hang"):
-        future.result()
-    with pytest.raises(concurrent.futures.CancelledError):
-        future.exception()
-    with pytest.raises(asyncio.CancelledError):
-        await future
-    assert job._open[0].statistics().outstanding == 0
-
-
-async def test_a_cancelled_awaiter_cancels_the_call(job: World) -> None:
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.05):
-            await RoleGroup("w").call("hang")
-    await settle()
-    assert not any(endpoint.statistics().running for endpoint in job._open)
-
-
-async def test_a_future_can_be_awaited_on_another_loop(job: World) -> None:
-    group = RoleGroup("w")
-
-    async def elsewhere() -> Any:
-        first = await group.call("who")
-        with pytest.raises(KeyError):
-            await group[1].call("odd_fails")
-        return first
-
-    assert await blocking(lambda: asyncio.run(elsewhere())) == [0, 1, 2]
-
-
-async def test_callbacks_are_called_once_also_when_they_come_late(
-    job: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    seen: list[Any] = []
-    future = RoleGroup("w").call("who")
-    future.add_done_callback(lambda done: seen.append(done.result()))
-    future.add_done_callback(lambda done: 1 / 0)
-    await future
-    future.add_done_callback(lambda done: seen.append("late"))
-    assert seen == [[0, 1, 2], "late"]
-    assert "a callback of" in caplog.text
-
-
-async def test_a_long_wait_says_once_what_it_waits_for(
-    job: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(futures, "SAY_AFTER_S", 0.02)
-    future = RoleGroup("w").call("hang")
-    with pytest.raises(Timeout):
-        await blocking(future.result, 0.1)
-    said = [r for r in caplog.records if "waiting for 0.02 s" in r.getMessage()]
-    assert len(said) == 1
-    assert "hang() of role w: no answer yet from w-0" in said[0].getMessage()
-    future.cancel()
-
-
-async def test_an_error_that_nobody_asked_for_is_told(
-    job: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    future = RoleGroup("w")[1].call("odd_fails")
-    await until(future.done)
-    del future
-    assert "nobody asked for the error of the result of odd_fails() of w-1" in caplog.text
-    caplog.clear()
-    with pytest.raises(RemoteError):
-        await RoleGroup("w")[1].call("odd_fails")
-    assert caplog.text == ""
-
-
-async def test_calls_of_a_thread_start_in_order_with_few_wake_ups(job: World) -> None:
-    seen: list[int] = []
-
-    async def note(number: int) -> None:
-        seen.append(number)
-
-    job._open[1].export("note", note)
-    actor = RoleGroup("w")[0]
-    wakes = 0
-    mailbox = context.current().endpoint.mailbox
-    deliver = mailbox._deliver
-
-    def counted() -> None:
-        nonlocal wakes
-        wakes += 1
-        deliver()
-
-    mailbox._deliver = counted  # type: ignore[method-assign]
-
-    def many() -> None:
-        for waiting in [actor.call("note", number) for number in range(1000)]:
-            waiting.result(FEW_S)
-
-    await blocking(many)
-    assert seen == list(range(1000))
-    assert wakes < 1000
-
-
-# proxies
-
-
-class Counter:
-    """Exported by a worker, called through a proxy."""
-
-    def __init__(self, total: int = 0) -> None:
-        self.total = total
-
-    @rpc
-    def add(self, n: int, *, twice: bool = False) -> int:
-        self.total += n * (2 if twice else 1)
-        return self.total
-
-    @rpc("current")
-    async def value(self) -> int:
-        return self.total
-
-    @rpc
-    async def options(self) -> str:
-        return "a user's own"
-
-    def secret(self) -> int:
-        return 0
-
-
-async def serve_counter(job: World, namespace: str | None) -> Endpoint:
-    worker = job._open[1]
-    worker.export_instance(namespace, Counter())
-    return worker
-
-
-@pytest.mark.parametrize("namespace", ["counter", None, ""])
-@pytest.mark.parametrize("owner", ["w-0", "w", "actor", "info"])
-async def test_a_proxy_blocks_or_is_awaited_as_its_methods_do(
-    job: World, namespace: str | None, owner: Any
-) -> None:
-    await serve_counter(job, namespace)
-    given = {"actor": RoleGroup("w")[0], "info": RoleGroup("w")[0].info}.get(owner, owner)
-    proxy = create_rpc_proxy(given, namespace, Counter)
-    assert await blocking(lambda: proxy.add(2, twice=True)) == 4
-    assert await proxy.value() == 4
-    assert await proxy.options() == "a user's own"
-    assert "Counter in w-0" in repr(proxy)
-
-
-async def test_a_blocking_method_on_the_loop_sends_nothing(job: World) -> None:
-    worker = await serve_counter(job, "c")
-    with pytest.raises(MisuseError, match=r"await RoleActor\.call\('c\.add', \.\.\.\)"):
-        create_rpc_proxy("w", "c", Counter).add(1)
-    await settle()
-    assert worker.statistics().calls_in == 0
-
-
-async def test_a_proxy_takes_options(job: World) -> None:
-    class Slow:
-        @rpc
-        async def hang(self) -> None:
-            await asyncio.Event().wait()
-
-    job._open[1].export_instance("slow", Slow())
-    proxy: Any = create_rpc_proxy("w-0", "slow", Slow)
-    with pytest.raises(Timeout, match=r"slow\.hang"):
-        await proxy.options(timeout=0.05).hang()
-
-
-async def test_what_a_proxy_does_not_have_is_told(job: World) -> None:
-    await serve_counter(job, "c")
-    proxy: Any = create_rpc_proxy("w", "c", Counter)
-    with pytest.raises(
-        NotExposedError, match=r"Counter\.ad is not .*did you mean 'add'.*add, options"
-    ):
-        _ = proxy.ad
-    with pytest.raises(AttributeError):
-        _ = proxy.__deepcopy__
-    with pytest.raises(MisuseError, match="no method marked"):
-        create_rpc_proxy("w", "c", World)
-    with pytest.raises(MisuseError, match=r"no actor 'w-7'.*w-0, w-1, w-2"):
-        create_rpc_proxy("w-7", "c", Counter)
-
-
-async def test_functions_and_instances_are_exported_by_the_running_node(job: World) -> None:
-    me = context.current().endpoint
-    counter = Counter(5)
-    export_rpc_instance("mine", counter)
-    export_rpc_instance("mine", counter)
-    export_rpc_method("echo", echo)
-    export_rpc_method("echo", echo)
-    assert me.exported() == ["echo", "mine.add", "mine.current", "mine.options"]
-    with pytest.raises(MisuseError, match=r"'mine\.add' already"):
-        export_rpc_instance("mine", Counter())
-    with pytest.raises(MisuseError, match="no method marked"):
-        export_rpc_instance("x", object())
-    assert await job._open[1].call("me-0", "mine.current") == 5
-
-
-async def test_declared_functions_are_exposed_by_the_node_that_is_installed(job: World) -> None:
-    from runtime.peer import method as methods
-
-    before = list(methods._declared.functions)
-    try:
-
-        @rpc("declared", export=True)
-        async def declared() -> str:
-            return "found"
-
-        assert await job._open[1].call("me-0", "declared") == "found"
-    finally:
-        methods._declared.functions[:] = before
-
-
-async def test_only_marked_functions_have_a_name_of_their_own(job: World) -> None:
-    with pytest.raises(MisuseError, match="not marked with @rpc"):
-        context.current().endpoint.export_function(echo)
-
-
 async def test_groups_reach_a_restarted_member_without_being_built_anew(job: World) -> None:
     group = RoleGroup("w")
     assert await group.call("who") == [0, 1, 2]
-    old = next(e for e in job._open if e.peer.startswith("w-1"))
-    await job.kill(old)
+    await job.kill(worker(job, 1))
     await asyncio.sleep(0.01)
     call = group.call("who")
     await settle()
     assert not call.done()
     await job.start("w-1", **handlers(1))
     assert await call == [0, 1, 2]
-
-
-def test_logging_is_by_module() -> None:
-    assert futures.logger is logging.getLogger("runtime.peer.future")
-    assert RoleActor is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -37,13 +37,27 @@ def test_every_form_of_rpc_records_what_was_said() -> None:
     @rpc(concurrency=8, pickle=False)
     def bounded() -> None: ...
 
-    found = [methods.method_of(f) for f in (bare, called, named, bounded)]
+    @rpc(thread=False)
+    def quick() -> None: ...
+
+    found = [methods.method_of(f) for f in (bare, called, named, bounded, quick)]
     assert found == [
-        ("bare", False, None, True),
-        ("called", False, None, True),
-        ("other", False, None, True),
-        ("bounded", False, 8, False),
+        ("bare", False, None, True, True),
+        ("called", False, None, True, True),
+        ("other", False, None, True, True),
+        ("bounded", False, 8, False, True),
+        ("quick", False, None, True, False),
     ]
+
+
+def test_what_cannot_run_on_the_loop_is_refused() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+
+    with pytest.raises(MisuseError, match=r"generator .*items.*async def"):
+        rpc(thread=False)(items)
+    with pytest.raises(MisuseError, match="one runs at a time"):
+        rpc(thread=False, concurrency=2)(print)
 
 
 @pytest.mark.parametrize("concurrency", [0, -1, True, 1.5, "2"])
@@ -143,19 +157,33 @@ def test_options_of_export_beat_those_of_rpc() -> None:
     async def f() -> None: ...
 
     exports = Exports("a-0")
-    assert exports.add("f", f)[2:] == (True, 2, False)
-    assert exports.add("g", f, concurrency=5, pickle=True)[2:] == (True, 5, True)
+    assert exports.add("f", f)[2:5] == (True, 2, False)
+    assert exports.add("g", f, concurrency=5, pickle=True)[2:5] == (True, 5, True)
 
 
 def test_what_cannot_be_exported_is_refused() -> None:
+    with pytest.raises(MisuseError, match="not callable"):
+        Exports("a-0").add("f", 3)  # type: ignore[arg-type]
+
+
+def test_generators_are_known_as_such_and_where_they_run() -> None:
     def numbers() -> Iterator[int]:
         yield 1
 
+    async def numbers_async() -> AsyncIterator[int]:
+        yield 1
+
+    @rpc(thread=False)
+    def quick() -> None: ...
+
     exports = Exports("a-0")
-    with pytest.raises(MisuseError, match="not callable"):
-        exports.add("f", 3)  # type: ignore[arg-type]
-    with pytest.raises(MisuseError, match="generator"):
-        exports.add("f", numbers)
+    kinds = [exports.add(f.__name__, f) for f in (numbers, numbers_async, quick, not_marked)]
+    assert [(e.stream, e.is_async, e.thread) for e in kinds] == [
+        (True, False, True),
+        (True, True, True),
+        (False, False, False),
+        (False, False, True),
+    ]
 
 
 def test_an_object_with_an_async_call_is_async() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runtime.errors import ConfigError
-from runtime.transport.address import parse
+from runtime.transport.address import local_path, parse
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,13 @@ def test_an_address_is_written_as_it_was_read(text: str) -> None:
 def test_the_parts_of_an_address_are_named() -> None:
     assert parse("tcp://[::1]:80") == ("tcp", "::1", 80)
     assert parse("ipc:///a/b") == ("ipc", "/a/b", 0)
+
+
+def test_the_local_lane_is_beside_an_ipc_socket_whose_path_is_short_enough() -> None:
+    assert local_path(parse("ipc:///run/a")) == "/run/a.u"
+    assert local_path(parse("tcp://h:1")) is None
+    assert local_path(parse("ipc:///" + "x" * 104)) == "/" + "x" * 104 + ".u"
+    assert local_path(parse("ipc:///" + "x" * 105)) is None
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,32 @@ async def test_delayed_records_keep_their_order() -> None:
     await b.close()
 
 
+async def _arrival_order(seed: int) -> list[bytes]:
+    network = MemoryNetwork(seed, NetworkSettings(delay_s=(0.0, 1.0)))
+    a, _, b, at_b = await _pair(network)
+    at_b.answer = None
+    link = a.connect("b.1", b.address)
+    for n in range(10):
+        link.send(Record(b"in %d" % n, [bytes(2_000_000)]))
+        link.send(Record(b"any %d" % n, [bytes(2_000_000 * (n % 2))]), ordered=False)
+        await asyncio.sleep(0.01)
+    await at_b.until_count(20)
+    await a.close()
+    await b.close()
+    return at_b.headers
+
+
+async def test_unordered_records_overtake_large_buffers_and_are_overtaken_the_same_way_for_a_seed() -> (
+    None
+):
+    first, again, other = await _arrival_order(1), await _arrival_order(1), await _arrival_order(2)
+    assert first == again != other
+    ordered = [header for header in first if header.startswith(b"in")]
+    assert ordered == [b"in %d" % n for n in range(10)]
+    places = {n: first.index(b"any %d" % n) - first.index(b"in %d" % n) for n in range(10)}
+    assert min(places.values()) < 0 < max(places.values())
+
+
 async def test_parting_cuts_the_links_between_two_sides_only_until_it_heals() -> None:
     network = MemoryNetwork()
     a, at_a, b, at_b = await _pair(network)

@@ -15,7 +15,7 @@ from runtime.errors import ConfigError, MisuseError
 from runtime.transport.sockets import SocketSettings, SocketTransport
 from tests.contracts.transport_contract import Inbox, Network, Peers, TransportContract
 
-SETTINGS = SocketSettings(connect_s=0.6)
+SETTINGS = SocketSettings(connect_s=1.5)
 
 
 class IpcNetwork:

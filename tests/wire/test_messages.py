@@ -14,7 +14,21 @@ from hypothesis import strategies as st
 from runtime.errors import MisuseError, WireError
 from runtime.wire import messages
 from runtime.wire.frames import Record
-from runtime.wire.messages import Call, Cancel, Cast, Error, Goodbye, Probe, Result
+from runtime.wire.messages import (
+    Ack,
+    Call,
+    Cancel,
+    Cast,
+    Credit,
+    Error,
+    Goodbye,
+    Item,
+    More,
+    Probe,
+    Result,
+    Resume,
+    Resumed,
+)
 
 ids = st.integers(0, 2**63 - 1)
 names = st.text(
@@ -24,8 +38,15 @@ bodies = st.binary(max_size=50) | st.just(bytes(100_000))
 buffers = st.lists(st.binary(max_size=5), max_size=3).map(tuple)
 deadlines = st.none() | st.floats(0, 1e9)
 calls = st.builds(
-    Call, ids, st.from_regex(r"[a-z.]{1,30}", fullmatch=True), bodies, buffers, deadlines
+    Call,
+    ids,
+    st.from_regex(r"[a-z.]{1,30}", fullmatch=True),
+    bodies,
+    buffers,
+    deadlines,
+    st.booleans(),
 )
+id_lists = st.lists(ids, max_size=20) | st.just(list(range(10_000)))
 
 
 def _refusal(function: Callable[..., object], *args: Any, **options: Any) -> str | None:
@@ -45,7 +66,7 @@ def _same(got: messages.Message, sent: messages.Message) -> bool:
 
 @given(calls)
 def test_a_call_comes_out_as_it_went_in(call: Call) -> None:
-    assert _same(messages.decode(messages.encode_call(call)), call)
+    assert _same(messages.decode(messages.encode_call(*call)), call)
 
 
 @given(ids, bodies, buffers)
@@ -54,6 +75,19 @@ def test_results_and_errors_come_out_as_they_went_in(id: int, body: bytes, extra
     assert _same(got, Result(id, body, extra))
     got = messages.decode(messages.encode_error(id, body, extra))
     assert _same(got, Error(id, body, extra))
+    got = messages.decode(messages.encode_item(id, body, extra))
+    assert _same(got, Item(id, body, extra))
+
+
+@given(ids, id_lists)
+def test_lists_of_calls_come_out_as_they_went_in(number: int, listed: list[int]) -> None:
+    for encode, kind in (
+        (messages.encode_credit, Credit),
+        (messages.encode_resume, Resume),
+        (messages.encode_resumed, Resumed),
+    ):
+        assert messages.decode(encode(number, listed)) == kind(number, tuple(listed))
+    assert messages.decode(messages.encode_ack(listed)) == Ack(tuple(listed))
 
 
 def test_the_short_messages_come_out_as_they_went_in() -> None:
@@ -61,6 +95,7 @@ def test_the_short_messages_come_out_as_they_went_in() -> None:
     cast = Cast("ns.m", b"body", (b"x",))
     assert _same(decode(messages.encode_cast(cast)), cast)
     assert decode(messages.encode_cancel(8)) == Cancel(8)
+    assert decode(messages.encode_more(8, 3)) == More(8, 3)
     assert decode(messages.encode_probe(Probe("a-0", ("b-1", "c"), 3, 4))) == Probe(
         "a-0", ("b-1", "c"), 3, 4
     )
@@ -83,7 +118,7 @@ def test_a_long_reason_is_cut() -> None:
 @pytest.mark.parametrize("name", ["", "x" * 513, "tab\tß", "\ud800"])
 def test_a_method_name_that_no_peer_accepts_is_not_sent(name: str) -> None:
     with pytest.raises(MisuseError, match="method name"):
-        messages.encode_call(Call(1, name, b""))
+        messages.encode_call(1, name, b"")
     with pytest.raises(MisuseError, match="method name"):
         messages.encode_cast(Cast(name, b""))
 
@@ -133,6 +168,22 @@ _GOOD = [1, 5, "m", None, b""]
         [6, "a", ["x" * 600], 0, 0],
         [7, b"x"],
         [7, "x" * 5000],
+        [8, 5, "m", None],
+        [8, -5, "m", None, b""],
+        [9, 1],
+        [9, "1", b""],
+        [10, 1],
+        [10, 1, -1],
+        [10, None, 1],
+        [10, 1, 1, 1],
+        [11],
+        [11, b"1234567"],
+        [11, "x" * 8],
+        [11, None],
+        *([kind, *rest] for kind in (12, 13, 14) for rest in (
+            [1], [b""], [-1, b""], [1, b"123"], [1, [1]], [1, None], [1, b"", 1], ["1", b""],
+        )),
+        [15, 1],
     ],
 )  # fmt: skip
 def test_wrong_fields_are_refused(fields: list[object]) -> None:
@@ -146,6 +197,11 @@ def test_messages_without_body_have_no_buffers() -> None:
         messages.encode_cancel(1),
         messages.encode_probe(Probe("a")),
         messages.encode_goodbye(""),
+        messages.encode_more(1, 1),
+        messages.encode_ack([1]),
+        messages.encode_credit(1, [1]),
+        messages.encode_resume(1, [1]),
+        messages.encode_resumed(1, [1]),
     ):
         with pytest.raises(WireError):
             messages.decode(Record(record.header, [b"x"]))

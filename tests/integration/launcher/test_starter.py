@@ -18,6 +18,7 @@ import pytest
 from runtime.launcher import child, spawn, zygote
 from runtime.launcher.spawn import Exit
 from runtime.launcher.starter import NewWorker, Starter
+from runtime.launcher.tunables import tunables
 from runtime.launcher.watch import Watch
 from tests.integration.launcher.waiting import until
 
@@ -117,7 +118,7 @@ async def test_a_zygote_serves_again_and_again_with_what_it_has_imported(
 async def test_a_zygote_that_was_started_before_is_used_if_it_fits(
     starter: Starter, tmp_path: Path
 ) -> None:
-    started = zygote.start({**os.environ, "PYTHONPATH": ROOT})
+    started = zygote.start({**zygote.first_env(), "PYTHONPATH": ROOT})
     os.environ["PYTHONPATH"], before = ROOT, os.environ.get("PYTHONPATH")
     try:
         starter.adopt(started)
@@ -126,7 +127,7 @@ async def test_a_zygote_that_was_started_before_is_used_if_it_fits(
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
-    group = Group(tmp_path, 1, "describe", OMP_NUM_THREADS="2")
+    group = Group(tmp_path, 1, "describe", OMP_NUM_THREADS="2", **tunables(os.environ))
     pids = await starter.fork(group.workers)
     group.watch(pids)
     await group.ends(pids)
@@ -198,6 +199,7 @@ import asyncio, os, pickle, sys
 sys.path.insert(0, {ROOT!r})
 from runtime.launcher import child, spawn
 from runtime.launcher.starter import NewWorker, Starter
+from runtime.launcher.tunables import tunables
 
 async def main():
     spawn.become_subreaper()

@@ -16,9 +16,9 @@ from typing import Any
 
 from runtime.job import ActorInfo
 from runtime.peer import context
+from runtime.peer.actor import RoleActor
 from runtime.peer.context import PeerAddress
 from runtime.peer.endpoint import Endpoint
-from runtime.peer.group import RoleActor
 from runtime.peer.method import rpc
 from runtime.transport.sockets import SocketTransport
 

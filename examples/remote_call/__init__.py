@@ -1,0 +1,1 @@
+"""Calling another role through typed stubs; see README.md."""

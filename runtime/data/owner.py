@@ -1,0 +1,181 @@
+"""The owner's side of a queue: runs its machine for callers of this process and, by RPC, for all others.
+
+Threads of this process ask the machine directly, under a lock, so that a local put or get of what is there
+costs no change of thread. Answers to other processes are given on the loop; so are ticks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from runtime.control.messages import error_state
+from runtime.data.letters import read_request, write_answer
+from runtime.errors import Closed, MisuseError, RuntimeFault
+from runtime.machine import Call, Effect, Fail, Machine, Reply
+from runtime.peer.endpoint import Endpoint, current_call
+from runtime.wire.codec import Encoded
+
+logger = logging.getLogger(__name__)
+
+Answer = Callable[[Any, Exception | None], object]
+"""Takes a call's value, or its error. Called on any thread, once."""
+
+_DEAD_KEPT = 4096
+
+
+class QueueOwner:
+    """Serves `machine` as the RPC `method` of `endpoint`."""
+
+    def __init__(self, endpoint: Endpoint, method: str, machine: Machine) -> None:
+        self._endpoint, self._machine = endpoint, machine
+        self._mailbox = endpoint.mailbox
+        self._clock = self._mailbox.loop.time
+        self._lock = threading.Lock()
+        self._answers: dict[Call, Answer] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._dead: dict[str, None] = {}
+        endpoint.export(method, self._asked, raw=True)
+        endpoint.on_lost(self._lost)
+
+    # -- on any thread ------------------------------------------------------------------------
+
+    def ask(
+        self, message: dict[str, Any], peer: str, answer: Answer, ids: Iterator[int] | None = None
+    ) -> None:
+        """Hand over a message of `peer`; `answer` is called now or later, here or on another thread.
+        `ids` gives it its id, so that ids come to the machine in their order."""
+        with self._lock:
+            if ids is not None:
+                message["id"] = next(ids)
+            call = Call(peer, message["id"])
+            self._answers[call] = answer
+            try:
+                effects = self._machine.handle(message, call, self._clock())
+            except RuntimeFault as error:
+                effects = [Fail(call, error)]
+            done, due = self._sort(effects), self._machine.deadline()
+        self._finish(done, due)
+
+    def cancelled(self, call: Call) -> None:
+        """Nobody waits for `call` any more, or its answer has reached nobody."""
+        with self._lock:
+            self._answers.pop(call, None)
+            effects = self._machine.cancelled(call, self._clock())
+            done, due = self._sort(effects), self._machine.deadline()
+        self._finish(done, due)
+
+    def why(self, call: Call) -> str:
+        """In words, what `call` waits for."""
+        with self._lock:
+            return self._machine.why(call) or "the answer is on its way"
+
+    def _sort(self, effects: Iterable[Effect]) -> list[tuple[Answer, Any, Exception | None]]:
+        done: list[tuple[Answer, Any, Exception | None]] = []
+        for effect in effects:
+            match effect:
+                case Reply(call, value):
+                    outcome: tuple[Any, Exception | None] = (value, None)
+                case Fail(call, error):
+                    outcome = (None, error)
+                case _:
+                    raise AssertionError(f"a queue has no effect {effect!r}")
+            answer = self._answers.pop(call, None)
+            if answer is not None:
+                done.append((answer, *outcome))
+        return done
+
+    def _finish(self, done: list[tuple[Answer, Any, Exception | None]], due: float | None) -> None:
+        for answer, value, error in done:
+            answer(value, error)
+        if due is not None and (self._timer is None or due < self._timer.when()):
+            if self._mailbox.on_loop_thread():
+                self._arm(due)
+            else:
+                self._mailbox.post(self._arm, due)
+
+    # -- on the loop --------------------------------------------------------------------------
+
+    def _arm(self, due: float) -> None:
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self._mailbox.loop.call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        with self._lock:
+            done = self._sort(self._machine.tick(self._clock()))
+            due = self._machine.deadline()
+        self._finish(done, due)
+
+    def _lost(self, peer: str, cause: str) -> None:
+        self._dead[peer] = None
+        if len(self._dead) > _DEAD_KEPT:
+            del self._dead[next(iter(self._dead))]
+        with self._lock:
+            for call in [call for call in self._answers if call.client == peer]:
+                del self._answers[call]
+            done = self._sort(self._machine.lost(peer, cause, self._clock()))
+            due = self._machine.deadline()
+        self._finish(done, due)
+
+    async def _asked(self, letter: Encoded) -> Encoded:
+        # When the caller's link breaks this handler is cancelled, but not the question: it comes again by
+        # the same id. What ends it is "cancel", or the caller's death.
+        peer = current_call().peer
+        message = read_request(letter)
+        if peer in self._dead:
+            self._check_legacy(peer, message)
+        if message.get("op") == "cancel":
+            about = message.get("about")
+            if type(about) is not int:
+                raise MisuseError("'cancel' needs the id of the call that it is 'about'")
+            self.cancelled(Call(peer, about))
+            return write_answer({})
+        waiting = _Waiting(self._mailbox.loop)
+        self.ask(message, peer, self._on_loop(waiting))
+        value, error = waiting.answer or await waiting.future()
+        return write_answer(value if error is None else {"error": error_state(error)})
+
+    def _on_loop(self, waiting: _Waiting) -> Answer:
+        mailbox = self._mailbox
+
+        def answer(value: Any, error: Exception | None) -> None:
+            if mailbox.on_loop_thread():
+                waiting.settle(value, error)
+            else:
+                mailbox.post(waiting.settle, value, error)
+
+        return answer
+
+    @staticmethod
+    def _check_legacy(peer: str, message: dict[str, Any]) -> None:
+        """What a process wrote before it died is read after its death is known: what it was told to be in
+        the queue must get there, nothing else."""
+        if message.get("op") != "put":
+            raise Closed(f"{peer} is dead")
+        if not message.get("eager"):
+            message["timeout"] = 0
+
+
+class _Waiting:
+    """A remote call without an answer yet; on the loop only."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._future: asyncio.Future[tuple[Any, Exception | None]] | None = None
+        self.answer: tuple[Any, Exception | None] | None = None
+
+    def future(self) -> asyncio.Future[tuple[Any, Exception | None]]:
+        self._future = self._loop.create_future()
+        return self._future
+
+    def settle(self, value: Any, error: Exception | None) -> None:
+        self.answer = (value, error)
+        if self._future is not None and not self._future.done():
+            self._future.set_result(self.answer)

@@ -1,0 +1,123 @@
+"""`DataQueue` as users see it, by its owner and by another process of the job."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from runtime.data.queue import DataQueue
+from runtime.errors import Closed, LeaseLost, MisuseError, Timeout
+from runtime.peer import context
+from tests.control import cluster
+
+pytestmark = pytest.mark.looptime
+
+
+def _queue(worker: cluster.Worker, **settings: Any) -> DataQueue[Any]:
+    loop = asyncio.get_running_loop()
+    context.install(context.Context(loop, worker.endpoint, worker.client, worker.client))
+    try:
+        return DataQueue("q", **settings)
+    finally:
+        context.install(None)
+
+
+@asynccontextmanager
+async def _pair(**settings: Any) -> AsyncIterator[tuple[DataQueue[Any], DataQueue[Any]]]:
+    """The owner's queue, and that of another process."""
+    async with cluster.running(cluster.actors(("a", 2))) as (_, (one, other)):
+        yield _queue(one, is_master=True, **settings), _queue(other)
+
+
+async def test_items_of_any_type_arrive_as_they_were() -> None:
+    async with _pair() as (owner, other):
+        items = [b"x", b"y" * 300, "text", None, (1, 2), {"k": [1.5]}, bytes(100_000), bytearray(9)]
+        await other.put_async(*items)
+        assert await owner.get_async(3) == items[:3]
+        assert await other.get_async(20) == items[3:]
+
+
+async def test_a_put_that_timed_out_says_how_many_went_in() -> None:
+    async with _pair(size=3) as queues:
+        for queue in queues:
+            with pytest.raises(Timeout) as caught:
+                await queue.put_async(*range(5), timeout=1)
+            assert caught.value.taken == 3
+            assert "3 of 5 went in" in str(caught.value)
+            assert await queue.get_async(9) == [0, 1, 2]
+
+
+async def test_a_get_that_timed_out_or_was_cancelled_takes_nothing() -> None:
+    async with _pair() as queues:
+        for queue in queues:
+            with pytest.raises(Timeout, match="waiting for 1 item; 0 there"):
+                await queue.get_async(timeout=0.5)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await queue.get_async()
+            await queue.put_async("still there")
+            await asyncio.sleep(1)
+            assert await queue.get_async() == ["still there"]
+
+
+async def test_a_lease_is_kept_by_ack_and_given_back_by_nack() -> None:
+    async with _pair(lease_s=2.0) as (owner, other):
+        await owner.put_async(*"abc")
+        first, second, third = await other.get_async(3, lease=True)
+        await first.ack_async()
+        await second.nack_async()
+        await asyncio.sleep(3)
+        with pytest.raises(LeaseLost):
+            await third.ack_async()
+        assert await owner.get_async(9) == ["b", "c"]
+
+
+async def test_iteration_ends_when_the_queue_is_closed_and_empty() -> None:
+    async with _pair() as (owner, other):
+        await other.put_async(1, 2, 3)
+        await other.close_async()
+        with pytest.raises(Closed):
+            await owner.put_async(4)
+        assert [item async for item in other] == [1, 2, 3]
+        assert (await other.statistics_async()).closed
+
+
+async def test_blocking_forms_on_the_peer_loop_name_the_async_ones() -> None:
+    async with _pair() as (owner, other):
+        for queue in (owner, other):
+            with pytest.raises(MisuseError, match=r"await queue\.put_async"):
+                queue.put(1)
+            with pytest.raises(MisuseError, match=r"await queue\.get_async"):
+                queue.get()
+            assert await queue.qsize_async() == 0
+
+
+async def test_wrong_settings_are_named() -> None:
+    async with _pair() as (owner, other):
+        with pytest.raises(MisuseError, match="min_size=3 is more than batch_size=2"):
+            await owner.get_async(2, min_size=3)
+        with pytest.raises(MisuseError, match="timeout=-1"):
+            await other.get_async(timeout=-1)
+        with pytest.raises(MisuseError, match="item 1"):
+            other.put_async(1, asyncio.get_running_loop())
+
+
+async def test_a_large_item_beyond_the_bytes_is_refused_to_other_processes_too() -> None:
+    async with _pair(max_bytes=1000) as (_, other):
+        with pytest.raises(MisuseError, match="an item of 2003 bytes never fits"):
+            await other.put_async(bytes(2000))
+
+
+async def test_a_second_owner_of_a_living_name_is_refused() -> None:
+    async with cluster.running(cluster.actors(("a", 2))) as (_, (one, other)):
+        queue = _queue(one, is_master=True)
+        await queue.put_async(1)
+        await asyncio.sleep(0.1)
+        second = _queue(other, is_master=True)
+        await asyncio.sleep(0.1)
+        with pytest.raises(MisuseError, match=r"owned by a-0\."):
+            await second.get_async()

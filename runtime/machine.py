@@ -12,47 +12,41 @@ told when a caller gave up (`cancelled`) or is gone (`lost`), and forget that ca
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 Message = Mapping[str, Any]
 """What is asked of a machine: plain data (msgpack types only) with the verb under ``"op"``."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Call:
+class Call(NamedTuple):
     """One question of one client. Not a connection: it stays the same when the question is repeated."""
 
     client: str
     id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """Tell `to` (a peer id, or the name of an agent) something it did not ask for."""
 
     to: str
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """Answer a call."""
 
     call: Call
     value: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Fail:
+class Fail(NamedTuple):
     """Answer a call with an error (one of `runtime.errors`)."""
 
     call: Call
     error: Exception
 
 
-@dataclass(frozen=True, slots=True)
-class Emit:
+class Emit(NamedTuple):
     """Something happened that logs, metrics or the composing process may want to know."""
 
     event: Message

@@ -41,10 +41,12 @@ class QueueBuffer:
     `lease_s`: how long a lease lasts where its get does not say (None: as long as its holder lives).
 
     Operations:
-    put{bodies, buffers?, version?, whole?, timeout?, eager?, credit?} -> {taken, credit?: [items, bytes], why?};
-    get{most, least, timeout?, lease?, lease_s?, min_version?} -> {bodies, buffers, lease: first id, runs, why?};
+    put{bodies, buffers?, plain?, version?, whole?, timeout?, eager?, credit?} -> {taken, credit?: [items, bytes], why?};
+    get{most, least, timeout?, lease?, lease_s?, min_version?, direct?} -> {bodies, buffers, lease: first id, runs,
+    why?}; `direct`: what it is given at once, it has taken;
     took{about} and back{runs, bodies, buffers?} -> {}; ack{leases} and nack{leases} -> {}, `LeaseLost`;
-    close -> {}; statistics -> its figures. Bodies are a list of bytes; buffers, where any item has some, a
+    close -> {}; statistics -> its figures. Bodies are a list of bytes (`plain`: the items
+    themselves); buffers, where any item has some, a
     list of lists. Leases of one get have ids in a row. A timeout (seconds) is answered, with `why`.
     """
 
@@ -119,6 +121,7 @@ class QueueBuffer:
 
     def _put(self, message: Message, call: Call | None, now: float) -> list[Effect]:
         admitted = self._intake.admitted
+        self._intake.wanted = bool(self._outlet.waiting)
         effects = self._intake.put(message, asked(message, call), now)
         self._put_rate.note(admitted, now)
         return self._flow(now, effects)
@@ -127,6 +130,8 @@ class QueueBuffer:
         call, given = asked(message, call), self._outlet.given
         effects = self._flow(now, self._outlet.get(message, call, now))
         self._get_rate.note(given, now)
+        if message.get("direct"):
+            self._outlet.took(call)
         if message.get("timeout") == 0 and call in self._outlet.waiting:
             effects.append(self._outlet.expire(call))
         return effects
@@ -157,6 +162,7 @@ class QueueBuffer:
             if outlet.waiting and shelf.depth:
                 moved = outlet.serve(now, effects, dry=intake.closed and intake.dry(now))
             if intake.waiting:
+                intake.wanted = bool(outlet.waiting)
                 moved = intake.admit_waiting(now, effects) or moved
         if intake.closed and outlet.waiting and not shelf.depth and intake.dry(now):
             effects += outlet.end(self._name)

@@ -3,7 +3,7 @@
 A put is admitted item by item, a group all at once or not at all. Waiting puts take turns by producer.
 
 *Credit*: the answer to a put may promise its producer room for some items more, which the others do not get for
-a moment (`RESERVED_S`). A producer that uses it in time (`CREDIT_S`) may take its next put as done as soon as
+a moment (`RESERVED_S`), unless a get waits for more than there is. A producer that uses it in time (`CREDIT_S`) may take its next put as done as soon as
 the bytes have left it: such an *eager* put is admitted whatever happened since, be it that the
 queue was closed or that its producer died.
 """
@@ -25,8 +25,8 @@ CREDIT_S = 0.1
 RESERVED_S = 0.25
 """How long the owner keeps that room free."""
 
-_CREDIT_ITEMS = 256
-_CREDIT_BYTES = 8 << 20
+_CREDIT_ITEMS = 4096
+_CREDIT_BYTES = 16 << 20
 _LEAST_CREDIT = 8
 _PARTIAL_KEPT = 64
 
@@ -98,6 +98,8 @@ class Intake:
 
     def __init__(self, bounds: Bounds, shelf: Shelf) -> None:
         self.closed = False
+        self.wanted = False
+        """A get waits for more than there is: promises to others keep nobody back."""
         self.admitted = 0
         self.waiting: dict[Call, _Put] = {}
         self._bounds, self._shelf = bounds, shelf
@@ -225,7 +227,7 @@ class Intake:
     def _room(self, put: _Put, now: float, ignoring_credit: bool) -> int:
         items, size = self._reserved, self._reserved_bytes
         if items:
-            if ignoring_credit or put.eager or self._reserved_until <= now:
+            if ignoring_credit or put.eager or self.wanted or self._reserved_until <= now:
                 items = size = 0
             else:
                 own = self._producers[put.producer]
@@ -269,6 +271,8 @@ class Intake:
     # -- credit -------------------------------------------------------------------------------
 
     def _grant(self, producer: _Producer, answer: dict[str, Any], now: float) -> None:
+        if self.waiting:
+            return  # room is theirs first
         if self._reserved_until <= now:
             self._forget_credit()
         count, shelf = len(self._producers), self._shelf
@@ -343,4 +347,5 @@ def _read_piece(message: Message) -> Piece:
     version = message.get("version")
     if version is not None:
         whole(message, "version")
-    return Piece(0, bodies, buffers, version, flag(message, "whole", False))
+    group, plain = flag(message, "whole", False), flag(message, "plain", False)
+    return Piece(0, bodies, buffers, version, group, plain)

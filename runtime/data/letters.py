@@ -17,9 +17,6 @@ from runtime.wire import codec
 from runtime.wire.codec import Encoded
 from runtime.wire.values import APART_BYTES
 
-_BIN_16 = b"\xc5"
-"""How msgpack begins bytes of some hundred to 64 Ki: the rest of a body after their length."""
-
 _pack = msgpack.Packer().pack  # runs no code of ours while it packs: safe to share
 
 
@@ -69,21 +66,28 @@ def write_answer(value: Mapping[str, Any]) -> Encoded:
     return Encoded(codec.encode({**value, "buffers": views}, pickle=False).body, apart)
 
 
-def encode_items(items: Sequence[Any]) -> tuple[list[bytes], list[list[Buffer]] | None]:
-    """A body for each item, and its buffers (None: no item has any). Raises `MisuseError` naming the item that
-    cannot be sent."""
+def encode_items(items: Sequence[Any]) -> tuple[list[bytes], list[list[Buffer]] | None, bool]:
+    """A body for each item, and its buffers (None: no item has any); and whether the bodies are the items
+    themselves. Raises `MisuseError` naming the item that cannot be sent."""
     if {bytes}.issuperset(map(type, items)) and max(map(len, items)) < APART_BYTES:
-        return list(map(_pack, items)), None
+        return list(items), None, True
     encoded = [codec.encode(item, what=f"item {place}") for place, item in enumerate(items)]
     buffers = [list(one.buffers) for one in encoded]
-    return [one.body for one in encoded], buffers if any(buffers) else None
+    return [one.body for one in encoded], buffers if any(buffers) else None, False
 
 
-def decode_items(bodies: Sequence[bytes], buffers: Sequence[Sequence[Buffer]] | None) -> list[Any]:
-    """The values of items. Raises `MisuseError` for what cannot be read in this process."""
+def decode_items(
+    bodies: list[bytes], buffers: Sequence[Sequence[Buffer]] | None, plain: Sequence[bool]
+) -> list[Any]:
+    """The values of items. `plain`: of which the bodies are the items. Raises `MisuseError` for what cannot be
+    read in this process."""
+    if all(plain):
+        return bodies
+    parts = buffers or [()] * len(bodies)
     try:
-        if buffers is None:
-            return [body[3:] if body[:1] == _BIN_16 else codec.decode(body) for body in bodies]
-        return [codec.decode(b, parts) for b, parts in zip(bodies, buffers, strict=True)]
+        return [
+            body if as_is else codec.decode(body, beside)
+            for body, beside, as_is in zip(bodies, parts, plain, strict=True)
+        ]
     except WireError as error:
         raise MisuseError(f"an item cannot be read here: {error}") from error

@@ -110,7 +110,7 @@ class Outlet:
 
     def _answer(self, call: Call) -> Reply:
         pieces, first = self.handed[call]
-        runs = [[piece.number, len(piece), piece.version, piece.whole] for piece in pieces]
+        runs = [[p.number, len(p), p.version, p.whole, p.plain] for p in pieces]
         bodies, buffers = pieces[0].bodies, pieces[0].buffers
         if len(pieces) > 1:
             bodies = [body for piece in pieces for body in piece.bodies]
@@ -130,10 +130,10 @@ class Outlet:
         if type(bodies) is not list or type(runs) is not list:
             raise MisuseError("'back' needs 'bodies' and 'runs', both lists")
         pieces, at = [], 0
-        for number, count, version, group in runs:
+        for number, count, *what in runs:
             end = at + count
             parts = None if buffers is None else buffers[at:end]
-            pieces.append(Piece(number, bodies[at:end], parts, version, group))
+            pieces.append(Piece(number, bodies[at:end], parts, *what))
             at = end
         self._shelf.give_back(pieces)
         self.came_back += at

@@ -17,12 +17,18 @@ from runtime.data.letters import read_request, write_answer
 from runtime.errors import Closed, MisuseError, RuntimeFault
 from runtime.machine import Call, Effect, Fail, Machine, Reply
 from runtime.peer.endpoint import Endpoint, current_call
+from runtime.peer.execution import Later
+from runtime.peer.method import rpc
 from runtime.wire.codec import Encoded
 
 logger = logging.getLogger(__name__)
 
+Outcome = tuple[Any, Exception | None]
+"""A call's value, or its error."""
 Answer = Callable[[Any, Exception | None], object]
-"""Takes a call's value, or its error. Called on any thread, once."""
+"""Takes an outcome. Called on any thread, once."""
+
+_Done = list[tuple[Answer, Any, Exception | None]]
 
 _DEAD_KEPT = 4096
 
@@ -44,28 +50,44 @@ class QueueOwner:
     # -- on any thread ------------------------------------------------------------------------
 
     def ask(
-        self, message: dict[str, Any], peer: str, answer: Answer, ids: Iterator[int] | None = None
-    ) -> None:
-        """Hand over a message of `peer`; `answer` is called now or later, here or on another thread.
-        `ids` gives it its id, so that ids come to the machine in their order."""
+        self,
+        message: dict[str, Any],
+        peer: str,
+        wait: Callable[[], Answer],
+        ids: Iterator[int] | None = None,
+    ) -> Outcome | None:
+        """Hand over a message of `peer`. Gives the outcome if it is there at once; else `wait` is called, for
+        what is to be told it, on any thread. `ids` gives the message its id, so that ids come to the
+        machine in their order."""
+        outcome: Outcome | None = None
+        done: _Done = []
         with self._lock:
             if ids is not None:
                 message["id"] = next(ids)
             call = Call(peer, message["id"])
-            self._answers[call] = answer
             try:
                 effects = self._machine.handle(message, call, self._clock())
             except RuntimeFault as error:
-                effects = [Fail(call, error)]
-            done, due = self._sort(effects), self._machine.deadline()
-        self._finish(done, due)
+                outcome = (None, error)
+            else:
+                for effect in effects:
+                    if effect.call == call:  # type: ignore[union-attr]
+                        outcome = _outcome(effect)
+                    else:
+                        self._sort(effect, done)
+                if outcome is None:
+                    self._answers[call] = wait()
+            due = self._machine.deadline()
+        if done or due is not None:
+            self._finish(done, due)
+        return outcome
 
     def cancelled(self, call: Call) -> None:
         """Nobody waits for `call` any more, or its answer has reached nobody."""
         with self._lock:
             self._answers.pop(call, None)
             effects = self._machine.cancelled(call, self._clock())
-            done, due = self._sort(effects), self._machine.deadline()
+            done, due = self._all(effects), self._machine.deadline()
         self._finish(done, due)
 
     def why(self, call: Call) -> str:
@@ -73,22 +95,18 @@ class QueueOwner:
         with self._lock:
             return self._machine.why(call) or "the answer is on its way"
 
-    def _sort(self, effects: Iterable[Effect]) -> list[tuple[Answer, Any, Exception | None]]:
-        done: list[tuple[Answer, Any, Exception | None]] = []
+    def _sort(self, effect: Effect, done: _Done) -> None:
+        answer = self._answers.pop(effect.call, None)  # type: ignore[union-attr]
+        if answer is not None:
+            done.append((answer, *_outcome(effect)))
+
+    def _all(self, effects: Iterable[Effect]) -> _Done:
+        done: _Done = []
         for effect in effects:
-            match effect:
-                case Reply(call, value):
-                    outcome: tuple[Any, Exception | None] = (value, None)
-                case Fail(call, error):
-                    outcome = (None, error)
-                case _:
-                    raise AssertionError(f"a queue has no effect {effect!r}")
-            answer = self._answers.pop(call, None)
-            if answer is not None:
-                done.append((answer, *outcome))
+            self._sort(effect, done)
         return done
 
-    def _finish(self, done: list[tuple[Answer, Any, Exception | None]], due: float | None) -> None:
+    def _finish(self, done: _Done, due: float | None) -> None:
         for answer, value, error in done:
             answer(value, error)
         if due is not None and (self._timer is None or due < self._timer.when()):
@@ -109,7 +127,7 @@ class QueueOwner:
     def _tick(self) -> None:
         self._timer = None
         with self._lock:
-            done = self._sort(self._machine.tick(self._clock()))
+            done = self._all(self._machine.tick(self._clock()))
             due = self._machine.deadline()
         self._finish(done, due)
 
@@ -120,12 +138,13 @@ class QueueOwner:
         with self._lock:
             for call in [call for call in self._answers if call.client == peer]:
                 del self._answers[call]
-            done = self._sort(self._machine.lost(peer, cause, self._clock()))
+            done = self._all(self._machine.lost(peer, cause, self._clock()))
             due = self._machine.deadline()
         self._finish(done, due)
 
-    async def _asked(self, letter: Encoded) -> Encoded:
-        # When the caller's link breaks this handler is cancelled, but not the question: it comes again by
+    @rpc(thread=False)
+    def _asked(self, letter: Encoded) -> Encoded | Later:
+        # When the caller's link breaks this call is over, but not the question: it comes again by
         # the same id. What ends it is "cancel", or the caller's death.
         peer = current_call().peer
         message = read_request(letter)
@@ -137,19 +156,19 @@ class QueueOwner:
                 raise MisuseError("'cancel' needs the id of the call that it is 'about'")
             self.cancelled(Call(peer, about))
             return write_answer({})
-        waiting = _Waiting(self._mailbox.loop)
-        self.ask(message, peer, self._on_loop(waiting))
-        value, error = waiting.answer or await waiting.future()
-        return write_answer(value if error is None else {"error": error_state(error)})
+        later = Later()
+        outcome = self.ask(message, peer, lambda: self._on_loop(later))
+        return later if outcome is None else _letter(*outcome)
 
-    def _on_loop(self, waiting: _Waiting) -> Answer:
-        mailbox = self._mailbox
+    def _on_loop(self, later: Later) -> Answer:
+        def settle(value: Any, error: Exception | None) -> None:
+            later.tell(_letter(value, error), None)
 
         def answer(value: Any, error: Exception | None) -> None:
-            if mailbox.on_loop_thread():
-                waiting.settle(value, error)
+            if self._mailbox.on_loop_thread():
+                settle(value, error)
             else:
-                mailbox.post(waiting.settle, value, error)
+                self._mailbox.post(settle, value, error)
 
         return answer
 
@@ -163,19 +182,14 @@ class QueueOwner:
             message["timeout"] = 0
 
 
-class _Waiting:
-    """A remote call without an answer yet; on the loop only."""
+def _letter(value: Any, error: Exception | None) -> Encoded:
+    return write_answer(value if error is None else {"error": error_state(error)})
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._future: asyncio.Future[tuple[Any, Exception | None]] | None = None
-        self.answer: tuple[Any, Exception | None] | None = None
 
-    def future(self) -> asyncio.Future[tuple[Any, Exception | None]]:
-        self._future = self._loop.create_future()
-        return self._future
-
-    def settle(self, value: Any, error: Exception | None) -> None:
-        self.answer = (value, error)
-        if self._future is not None and not self._future.done():
-            self._future.set_result(self.answer)
+def _outcome(effect: Effect) -> Outcome:
+    match effect:
+        case Reply(_, value):
+            return value, None
+        case Fail(_, error):
+            return None, error
+    raise AssertionError(f"a queue has no effect {effect!r}")

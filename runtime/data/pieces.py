@@ -16,9 +16,10 @@ Buffer = Any
 
 class Piece:
     """`bodies` from `at` on; `buffers` beside each of them, None where no item has any. `number` is the
-    place of the first one among all items of the queue, `whole`: a group, taken as a whole."""
+    place of the first one among all items of the queue, `whole`: a group, taken as a whole, `plain`: bodies are
+    the items, bytes that nothing was done to."""
 
-    __slots__ = ("at", "bodies", "buffers", "number", "version", "whole")
+    __slots__ = ("at", "bodies", "buffers", "number", "plain", "version", "whole")
 
     def __init__(
         self,
@@ -27,9 +28,10 @@ class Piece:
         buffers: list[Sequence[Buffer]] | None = None,
         version: int | None = None,
         whole: bool = False,
+        plain: bool = False,
     ) -> None:
         self.number, self.bodies, self.buffers = number, bodies, buffers
-        self.version, self.whole, self.at = version, whole, 0
+        self.version, self.whole, self.plain, self.at = version, whole, plain, 0
 
     def __len__(self) -> int:
         return len(self.bodies) - self.at
@@ -65,7 +67,7 @@ class Piece:
         else:
             bodies = self.bodies[start:end]
             buffers = None if self.buffers is None else self.buffers[start:end]
-        first = Piece(self.number, bodies, buffers, self.version, self.whole)
+        first = Piece(self.number, bodies, buffers, self.version, self.whole, self.plain)
         self.at, self.number = end, self.number + count
         return first
 
@@ -77,6 +79,7 @@ class Piece:
                 self.bodies[place : place + 1],
                 None if self.buffers is None else self.buffers[place : place + 1],
                 self.version,
+                plain=self.plain,
             )
             for place in range(self.at, len(self.bodies))
         ]
@@ -84,7 +87,14 @@ class Piece:
     def state(self) -> list[Any]:
         """As plain data."""
         buffers = self.buffers and [list(parts) for parts in self.buffers[self.at :]]
-        return [self.number, self.bodies[self.at :], buffers, self.version, self.whole]
+        return [
+            self.number,
+            self.bodies[self.at :],
+            buffers,
+            self.version,
+            self.whole,
+            self.plain,
+        ]
 
 
 def _age(piece: Piece) -> int:

@@ -17,7 +17,7 @@ from runtime.data.buffer import QueueBuffer
 from runtime.data.letters import decode_items, encode_items
 from runtime.data.owner import QueueOwner
 from runtime.data.remote import RemoteSide
-from runtime.errors import Closed, Empty, MisuseError
+from runtime.errors import Closed, Empty, MisuseError, RuntimeFault
 from runtime.peer.context import Context, PeerAddress, current
 from runtime.peer.future import Future
 from runtime.peer.method import RESERVED
@@ -127,12 +127,16 @@ class DataQueue(Generic[T]):
         _check_seconds("lease_s", lease_s, positive=True)
         self._name, self._lease_s = name, lease_s
         self._context = current()
-        self._refused: MisuseError | None = None
+        self._refused: RuntimeFault | None = None
         endpoint, method = self._context.endpoint, f"{RESERVED}queue:{name}"
         handle = secrets.randbelow(_HANDLES)
         self._side: Side
         if is_master:
-            owner = QueueOwner(endpoint, method, QueueBuffer(name, size, max_bytes, lease_s))
+            buffer = QueueBuffer(name, size, max_bytes, lease_s)
+            try:
+                owner = QueueOwner(endpoint, method, buffer)
+            except MisuseError:
+                raise MisuseError(f"queue {name!r} is owned by this process already") from None
             self._side = LocalSide(endpoint, owner, handle)
             self._register()
         else:
@@ -190,11 +194,11 @@ class DataQueue(Generic[T]):
             message["version"] = version
         if group is not None:
             message["whole"] = True
-        bodies, buffers = encode_items(objs)
+        bodies, buffers, plain = encode_items(objs)
         if buffers is not None:
             stage = self._context.endpoint.stage
             buffers = [stage(codec.Encoded(b"", parts)).buffers for parts in buffers]
-        message["bodies"], message["buffers"] = bodies, buffers
+        message["bodies"], message["buffers"], message["plain"] = bodies, buffers, plain
         return self._ask(message, timeout)
 
     # -- getting ------------------------------------------------------------------------------
@@ -217,8 +221,7 @@ class DataQueue(Generic[T]):
         what is left after closing, less than `min_size` is given).
         """
         self._not_on_loop("get_async")
-        request = self._get(batch_size, timeout, min_size, lease, min_version)
-        return self._given(request, self._wait(request))
+        return self._waited(self._get(batch_size, timeout, min_size, lease, min_version))
 
     async def get_async(
         self,
@@ -230,21 +233,23 @@ class DataQueue(Generic[T]):
         min_version: int | None = None,
     ) -> list[Any]:
         """As `get`."""
-        request = self._get(batch_size, timeout, min_size, lease, min_version)
+        found = self._get(batch_size, timeout, min_size, lease, min_version)
+        if not isinstance(found, Request):
+            return self._given(found)
         try:
-            value = await request.future
+            value = await found.future
         except asyncio.CancelledError:
-            self._side.withdraw(request)
+            self._side.withdraw(found.message, found)
             raise
-        return self._given(request, value)
+        self._side.took(found)
+        return self._given(value)
 
     def get_nowait(self, max_size: int = 1) -> list[T]:
         """What is there now, up to `max_size` items; [] when there is none. Raises `Empty` when the queue is
         closed and nothing will come any more."""
         self._not_on_loop("get_async(timeout=0)")
-        request = self._get(max_size, 0, 1, False, None)
         try:
-            return self._given(request, self._wait(request))
+            return self._waited(self._get(max_size, 0, 1, False, None))
         except TimeoutError:
             return []
         except Closed as error:
@@ -257,7 +262,7 @@ class DataQueue(Generic[T]):
         min_size: int,
         lease: bool,
         min_version: int | None,
-    ) -> Request:
+    ) -> Request | dict[str, Any]:
         _check_count("batch_size", batch_size)
         _check_count("min_size", min_size)
         _check_seconds("timeout", timeout)
@@ -268,11 +273,19 @@ class DataQueue(Generic[T]):
             message["lease"], message["lease_s"] = True, self._lease_s
         if min_version is not None:
             message["min_version"] = min_version
-        return self._ask(message, timeout)
+        self._check()
+        return self._side.get(message, timeout)
 
-    def _given(self, request: Request, value: dict[str, Any]) -> list[Any]:
-        self._side.took(request)
-        items = decode_items(value["bodies"], value["buffers"])
+    def _waited(self, found: Request | dict[str, Any]) -> list[Any]:
+        if not isinstance(found, Request):
+            return self._given(found)
+        value = self._wait(found)
+        self._side.took(found)
+        return self._given(value)
+
+    def _given(self, value: dict[str, Any]) -> list[Any]:
+        plain = [as_is for _, count, _, _, as_is in value["runs"] for _ in range(count)]
+        items = decode_items(value["bodies"], value["buffers"], plain)
         first = value["lease"]
         if first is None:
             return items
@@ -331,9 +344,12 @@ class DataQueue(Generic[T]):
     # -- asking -------------------------------------------------------------------------------
 
     def _ask(self, message: dict[str, Any], timeout: float | None) -> Request:
+        self._check()
+        return self._side.ask(message, timeout)
+
+    def _check(self) -> None:
         if self._refused is not None:
             raise self._refused
-        return self._side.ask(message, timeout)
 
     def _blocking(self, twin: str, message: dict[str, Any], timeout: float | None) -> Any:
         self._not_on_loop(twin)
@@ -344,7 +360,7 @@ class DataQueue(Generic[T]):
             return request.future.result(timeout)
         except BaseException:
             if not request.future.done() or request.unclaimed() is not None:
-                self._side.withdraw(request)  # interrupted, by Ctrl-C mostly
+                self._side.withdraw(request.message, request)  # interrupted, by Ctrl-C mostly
             raise
 
     def _not_on_loop(self, twin: str) -> None:
@@ -372,14 +388,19 @@ class DataQueue(Generic[T]):
     async def _register_later(self) -> None:
         try:
             await self._own_name()
-        except MisuseError as error:
-            logger.error("%s", error)
+        except RuntimeFault as error:  # of the queue, not of the endpoint that runs this
+            logger.error("queue %r has no name: %s", self._name, error)
             self._refused = error
 
     async def _own_name(self) -> None:
         control, address = _control(self._context), self._context.endpoint.address
         message = {"op": "register", "name": f"queue:{self._name}", "value": list(address)}
-        await control.ask("directory", message)
+        try:
+            await control.ask("directory", message)
+        except MisuseError:
+            # Another process owns it. So that this one may when that is dead:
+            self._context.endpoint.retract(f"{RESERVED}queue:{self._name}")
+            raise
 
 
 def _control(context: Context) -> Any:

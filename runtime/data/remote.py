@@ -108,24 +108,27 @@ class RemoteSide:
         self._on_loop(self._begin, request)
         return request
 
+    def get(self, message: dict[str, Any], timeout: float | None) -> Request | dict[str, Any]:
+        return self.ask(message, timeout)
+
     def took(self, request: Request) -> None:
         """The owner has been told before."""
 
-    def withdraw(self, request: Request) -> None:
-        self._on_loop(self._withdraw, request)
+    def withdraw(self, message: dict[str, Any], request: Request | None = None) -> None:
+        self._on_loop(self._withdraw, message, request)
 
-    def why(self, request: Request) -> str:
+    def why(self, message: dict[str, Any]) -> str:
         if self._owner is None:
             return f"queue {self._name!r} has no owner (is_master=True) yet, or none any more"
-        what = "room" if request.op == "put" else "items" if request.op == "get" else "an answer"
+        what = {"put": "room", "get": "items"}.get(message["op"], "an answer")
         return f"queue {self._name!r} of {self._owner.peer}: waiting for {what}"
 
-    def _on_loop(self, work: Callable[[Request], None], request: Request) -> None:
+    def _on_loop(self, work: Callable[..., None], *what: Any) -> None:
         mailbox = self.endpoint.mailbox
         if mailbox.on_loop_thread():
-            work(request)
+            work(*what)
         else:
-            mailbox.post(work, request)
+            mailbox.post(work, *what)
 
     # -- sending ------------------------------------------------------------------------------
 
@@ -266,15 +269,19 @@ class RemoteSide:
 
     def _drop(self, errand: _Errand) -> None:
         del self._errands[errand.number]
+        message = errand.request.message  # whoever keeps the future keeps this
+        message.pop("bodies", None)
+        message.pop("buffers", None)
         if errand.timer is not None:
             errand.timer.cancel()
 
     # -- giving up ----------------------------------------------------------------------------
 
-    def _withdraw(self, request: Request) -> None:
-        errand = self._errands.get(request.message["id"])
+    def _withdraw(self, message: dict[str, Any], request: Request | None = None) -> None:
+        errand = self._errands.get(message["id"])
         if errand is None:
-            if request.op == "get" and (value := request.unclaimed()) is not None:
+            value = request.unclaimed() if request is not None else None
+            if message["op"] == "get" and value is not None:
                 self._give_back(value)
         elif errand.sent_at is None:
             self._drop(errand)
@@ -292,6 +299,6 @@ class RemoteSide:
         if self._errands.get(errand.number) is errand and not request.future.done():
             waited = request.timeout or FIND_S
             request.settle(
-                None, Timeout(f"nothing within {waited:g} s: {self.why(request)}", waited)
+                None, Timeout(f"nothing within {waited:g} s: {self.why(request.message)}", waited)
             )
-            self._withdraw(request)
+            self._withdraw(request.message)

@@ -17,6 +17,7 @@ Pure bookkeeping with an explicit `now`; `outgoing` and `handlers` do what it sa
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -39,13 +40,15 @@ class CallOptions(NamedTuple):
 
     `retry`: how often an `idempotent` call is sent again, to the next start of an actor that died
     before it answered. `nested`: made from inside a handler, so that the callee's window, full of our
-    own calls, must not hold it back (the handler may be what these wait for).
+    own calls, must not hold it back (the handler may be what these wait for). `stream`: it is answered
+    by items.
     """
 
     timeout: float | None = None
     retry: int = 0
     idempotent: bool = False
     nested: bool = False
+    stream: bool = False
 
 
 DEFAULT = CallOptions()
@@ -102,17 +105,19 @@ class Outgoing:
         "waiter",
     )
 
+    channel: Any
+    items: Any
+    parcel: Any
+    timeout: float | None
+    deadline: float | None
+
     def __init__(self, id: int, target: str, method: str, waiter: Answered, started: float) -> None:
         self.id = id
         self.target = target
         self.method = method
         self.waiter = waiter
         self.started = started
-        self.timeout: float | None = None
-        self.deadline: float | None = None
-        self.channel: Any = None
-        self.parcel: Any = None
-        self.items: Any = None
+        self.timeout = self.deadline = self.channel = self.parcel = self.items = None
         self.size = self.tries = self.retry = 0
         self.named = self.sent = False
 
@@ -132,7 +137,7 @@ class Outgoing:
 
 
 class Deadlines:
-    """What is due when. Whoever ends early sets its `deadline` to None and says `forget`."""
+    """What is due when. Whoever ends early says `forget`."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Limited]] = []
@@ -182,7 +187,7 @@ class CallTable:
 
     def __init__(self) -> None:
         self._calls: dict[int, Outgoing] = {}
-        self._load: dict[str, int] = {}
+        self._load: defaultdict[str, int] = defaultdict(int)
         self._ids = count(1)
         self.late = 0
 
@@ -196,7 +201,7 @@ class CallTable:
         """A new call, outstanding from now on."""
         id = next(self._ids)
         call = self._calls[id] = Outgoing(id, target, method, waiter, now)
-        self._load[target] = self._load.get(target, 0) + 1
+        self._load[target] += 1
         return call
 
     def load(self, target: str) -> int:
@@ -215,7 +220,8 @@ class CallTable:
         if call is None or call.channel is not channel:
             self.late += 1
             return None
-        self.drop(call)
+        del self._calls[id]
+        self._load[call.target] -= 1
         return call
 
     def renew(self, call: Outgoing) -> None:
@@ -229,11 +235,7 @@ class CallTable:
         """`call` is over without an answer. False when it was over before."""
         if self._calls.pop(call.id, None) is None:
             return False
-        left = self._load[call.target] - 1
-        if left:
-            self._load[call.target] = left
-        else:
-            del self._load[call.target]
+        self._load[call.target] -= 1
         return True
 
     def sent_by(self, channel: Any) -> list[Outgoing]:
@@ -251,7 +253,7 @@ QUEUED, RUNNING, OVER = range(3)
 class Incoming:
     """One call that runs or queues here.
 
-    `client` is the process that called. `lane` is None for handlers that nothing bounds. `size` is what it counts in that process's
+    `client` is the process that called. `timed`: its deadline is watched. `lane` is None for handlers that nothing bounds. `size` is what it counts in that process's
     window, 0 once it does not any more. `stream` drives its generator. `waits` are the calls that its handler waits for,
     by wait (each a sequence that fills as the calls are made). `parked` are probes that wait here, by the process they come from; `seen` is the
     last number of each that came by, so that a probe goes round a circle only once.
@@ -270,8 +272,17 @@ class Incoming:
         "state",
         "stream",
         "task",
+        "timed",
         "waits",
     )
+
+    stream: Any
+    deadline: float | None
+    """When the caller gives up, on the loop's clock; None for never."""
+    lane: Lane | None
+    task: Any
+    parked: dict[str, Probe] | None
+    seen: dict[str, int] | None
 
     def __init__(self, client: Any, id: int, exported: Any, parcel: Any, size: int = 0) -> None:
         self.client = client
@@ -279,14 +290,10 @@ class Incoming:
         self.exported = exported
         self.parcel = parcel
         self.size = size
-        self.stream: Any = None
-        self.deadline: float | None = None
-        self.lane: Lane | None = None
         self.state = QUEUED
-        self.task: Any = None
+        self.timed = False
         self.waits: tuple[Sequence[Outgoing], ...] = ()
-        self.parked: dict[str, Probe] | None = None
-        self.seen: dict[str, int] | None = None
+        self.stream = self.deadline = self.lane = self.task = self.parked = self.seen = None
 
 
 class Lane:

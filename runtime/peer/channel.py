@@ -116,7 +116,9 @@ class Channel:
             self.window.cast(call.size)
             return
         deadline = call.deadline
-        left = None if deadline is None else max(0.0, deadline - self._loop.time())
+        left = None if deadline is None else deadline - self._loop.time()
+        if left is not None and left < 0:
+            left = 0.0
         body, buffers = parcel
         stream = call.items is not None
         link.send(messages.encode_call(call.id, call.method, body, buffers, left, stream))
@@ -281,8 +283,12 @@ class Channel:
 
     def queued_bytes(self) -> int:
         """Bytes that wait here, or were sent and have not left."""
-        links = [link for link in (self.link, self._control) if link is not None]
-        return self.window.waiting + sum(link.queued_bytes() for link in links)
+        size = self.window.waiting
+        if self.link is not None:
+            size += self.link.queued_bytes()
+        if self._control is not None:
+            size += self._control.queued_bytes()
+        return size
 
 
 def lost_error(call: Outgoing, cause: str) -> PeerLostError:

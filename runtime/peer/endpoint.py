@@ -101,6 +101,7 @@ class Endpoint(Service):
         self._prepare = prepare
         self._rejected: Counter[str] = Counter()
         self._mailbox: Mailbox | None = None
+        self._options = DEFAULT
         self._mourners: list[Callable[[str, str], None]] = []
         self._timers: Timers
         self._caller: Caller
@@ -179,11 +180,14 @@ class Endpoint(Service):
         `timeout` in seconds travels with the call as its deadline. Raises `MisuseError` here and now
         for arguments that cannot be sent; then nothing is sent.
         """
-        loop = self.mailbox.loop
+        loop, caller = self.mailbox.loop, self._caller
         encoded = codec.encode_arguments(args, kwargs)
-        future = CallFuture(self._caller, loop)
-        options = DEFAULT if timeout is None else CallOptions(timeout)
-        future.call = self._caller.call(target, method, encoded, future, options)
+        future = CallFuture(loop=loop)
+        future.caller = caller
+        options = self._options
+        if timeout != options.timeout:  # mostly they are those of the call before
+            options = self._options = CallOptions(timeout)
+        future.call = caller.call(target, method, encoded, future, options)
         return future
 
     def cast(
@@ -253,6 +257,10 @@ class Endpoint(Service):
         `Encoded` to answer. From any thread. Raises `MisuseError` when the name belongs to another
         function."""
         self._exports.add(name, function, concurrency=concurrency, pickle=pickle, raw=raw)
+
+    def retract(self, name: str) -> None:
+        """Expose `name` no longer: later calls find nothing there. From any thread."""
+        self._exports.remove(name)
 
     def export_function(self, function: Callable[..., Any]) -> None:
         """Expose an `@rpc` function under its own name."""

@@ -33,6 +33,13 @@ LARGE_BYTES = 64 * 1024
 """A call of that size is told to be running while it still runs on a handler thread."""
 
 
+class Later:
+    """What a plain handler on the loop gives whose answer comes later: by `tell`, there, once."""
+
+    __slots__ = ("tell",)
+    tell: Callable[[Any, BaseException | None], None]
+
+
 class Watch(Protocol):
     """Whom `Execution` tells what happens to calls."""
 
@@ -149,7 +156,11 @@ class Execution:
             if call.stream is not None:
                 work = streams.run(call.stream, work, partial(encode, self._owner, call))
             elif not call.exported.is_async:
-                self._finish(call, work, None)
+                if type(work) is Later:
+                    work.tell = partial(self._finish, call)
+                    self._watch.release(call)
+                else:
+                    self._finish(call, work, None)
                 return
             done, value = running.step(work)
         except BaseException as error:  # noqa: BLE001 - whatever user code raises is the caller's

@@ -240,6 +240,11 @@ class RoleGroup(Sequence[RoleActor]):
     def wait_ready(self, timeout: float | None = None) -> None:
         """Return once every member answers calls. Raises `Timeout` naming who does not yet, and what
         calls raise. Blocks: on the peer loop, await `wait_ready_async`."""
+        if self._endpoint.mailbox.on_loop_thread():
+            raise MisuseError(
+                f"{self!r}.wait_ready() would block the peer loop's own thread; use "
+                "`await group.wait_ready_async()` there"
+            )
         try:
             self.options(timeout=timeout).call(PING).result()
         except CallGroupError as error:

@@ -81,10 +81,14 @@ class Handlers:
         if stream:
             call.stream = Stream(call)
         client.calls[id] = call
-        if deadline_s is not None:
-            call.deadline = self._loop.time() + deadline_s
-            self._timers.add(call)
+        if deadline_s is None:
+            self._execution.take(call)
+            return
+        call.deadline = self._loop.time() + deadline_s
         self._execution.take(call)
+        if call.state != OVER:  # most end in their first step, and need no timer
+            call.timed = True
+            self._timers.add(call)
 
     def cast(self, link: Link, message: messages.Cast) -> None:
         """A one-way call came in. It runs even when its caller is gone by then."""
@@ -265,7 +269,7 @@ class Handlers:
         """`call` needs no answer from now on."""
         call.state = OVER
         call.client.calls.pop(call.id, None)
-        if call.deadline is not None:
+        if call.timed:
             self._timers.forget(call)
         if call.parked is not None:
             self._cycles.over(call)

@@ -282,6 +282,8 @@ class Exports:
         The same function under the same name again changes nothing. Raises `MisuseError` when the
         name belongs to another function, or `function` cannot be exposed.
         """
+        if not isinstance(name, str) or not name:
+            raise MisuseError(f"{name!r} is no name to export by: give a text that is not empty")
         if not callable(function):
             raise MisuseError(f"{name!r} cannot be exported: {function!r} is not callable")
         taken = self._methods.get(name)
@@ -309,6 +311,10 @@ class Exports:
         )
         self._methods[name] = exported
         return exported
+
+    def remove(self, name: str) -> None:
+        """Expose `name` no longer."""
+        self._methods.pop(name, None)
 
     def find(self, name: str) -> Exported:
         """The method of that name. Raises `NotExposedError` saying what there is."""

@@ -32,20 +32,18 @@ class Sink(Answered, Protocol):
 
 
 class CallFuture(asyncio.Future[Any]):
-    """The answer to a call, on the loop. Cancelling it cancels the call."""
+    """The answer to a call, on the loop. Cancelling it cancels the call. Whoever makes it sets `caller`, and
+    `call` when that has been made: a constructor of its own would cost as much again."""
 
-    __slots__ = ("_caller", "call")
+    __slots__ = ("call", "caller")
 
-    def __init__(self, caller: Caller, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop=loop)
-        self._caller = caller
-        self.call: Outgoing | None = None
+    caller: Caller
+    call: Outgoing
 
     def cancel(self, msg: Any = None) -> bool:
         if not super().cancel(msg):
             return False
-        if self.call is not None:
-            self._caller.abandon(self.call)
+        self.caller.abandon(self.call)
         return True
 
     def answered(self, call: Outgoing, value: Any) -> None:
@@ -85,7 +83,23 @@ class Caller(Routes):
     ) -> Outgoing:
         """Send a call, or keep it until its callee is found and has room. Raises `MisuseError` and
         `Closed`."""
-        return self._open(target, method, parcel, waiter, options, None)
+        now = self._loop.time()
+        call = self.table.open(self._checked_name(target), method, waiter, now)
+        timeout, retry, idempotent, nested, stream = options
+        call.parcel, call.size = parcel, size_of(*parcel)
+        if stream:
+            call.items = ItemsUsed()
+        if timeout is not None:
+            call.timeout, call.deadline = timeout, now + timeout
+            self._timers.add(call)
+        if idempotent:
+            call.retry = retry
+        try:
+            self._dispatch(target, call, nested or current_waiter.get() is not None)
+        except BaseException:
+            self._take(call)
+            raise
+        return call
 
     def stream(
         self,
@@ -97,7 +111,7 @@ class Caller(Routes):
     ) -> Outgoing:
         """Call a generator: `sink` is given its items as they arrive, then told of its end. The callee
         waits for `more`. A stream ends with its link, and is never sent again."""
-        return self._open(target, method, parcel, sink, options._replace(retry=0), ItemsUsed())
+        return self.call(target, method, parcel, sink, options._replace(retry=0, stream=True))
 
     def more(self, call: Outgoing, items: int) -> None:
         """So many more items of the stream `call` have been used up: as many more may come."""
@@ -114,31 +128,6 @@ class Caller(Routes):
         if not self._mailbox.delivering and self.full(target, call.size):
             raise Full(f"{call!r}: {name} is behind with what it was sent, {self._backlog(target)}")
         self._dispatch(target, call, False)
-
-    def _open(
-        self,
-        target: Target,
-        method: str,
-        parcel: Encoded,
-        waiter: Answered,
-        options: CallOptions,
-        items: ItemsUsed | None,
-    ) -> Outgoing:
-        now = self._loop.time()
-        call = self.table.open(self._checked_name(target), method, waiter, now)
-        call.parcel, call.items, call.size = parcel, items, size_of(*parcel)
-        timeout, retry, idempotent, nested = options
-        if timeout is not None:
-            call.timeout, call.deadline = timeout, now + timeout
-            self._timers.add(call)
-        if idempotent:
-            call.retry = retry
-        try:
-            self._dispatch(target, call, nested or current_waiter.get() is not None)
-        except BaseException:
-            self._take(call)
-            raise
-        return call
 
     def abandon(self, call: Outgoing) -> None:
         """Nobody waits for `call` any more. Nothing, when it is over."""
@@ -183,9 +172,9 @@ class Caller(Routes):
         if isinstance(target, PeerAddress):
             channel = call.channel = self._channel(target)
             channel.send(call, nested)
-            return
-        call.named = True
-        self._by_name(call, nested)
+        else:
+            call.named = True
+            self._by_name(call, nested)
 
     # -- settling -------------------------------------------------------------------------------
 
@@ -230,7 +219,7 @@ class Caller(Routes):
             self.table.late += 1
             return None
         call = self.table.answer(channel, id)
-        if call is not None and call.deadline is not None:
+        if call is not None:
             self._timers.forget(call)
         channel.answered(id, size_of(body, buffers) if buffers else 0, call)
         return call
@@ -282,8 +271,7 @@ class Caller(Routes):
 
     def unsent(self, peer: str | None = None) -> int:
         """Bytes that were sent to `peer`, or to anybody, and have not left yet."""
-        return sum(
-            channel.queued_bytes()
-            for channel in self._channels.values()
-            if peer is None or channel.peer == peer
-        )
+        if peer is not None:
+            channel = self._channels.get(peer)
+            return channel.queued_bytes() if channel is not None else 0
+        return sum(channel.queued_bytes() for channel in self._channels.values())

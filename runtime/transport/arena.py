@@ -37,6 +37,8 @@ LEAST_BYTES = 64 * 1024
 
 _HANDLE = struct.Struct("<8sIIQQ")
 _LOCK_S = 0.005
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+_MAP_FIXED = 0x10
 _WITH_GIL_BYTES = 1024 * 1024
 """Up to that, a copy takes less than getting the interpreter lock back may."""
 _MOST_ON_WAY = 127
@@ -148,10 +150,12 @@ class Arena:
         row, start, length = self._receive(handle)
         try:
             return self._view(row, start, length)
-        except (OSError, ValueError) as error:
-            with self._guard:
-                self._count_off(row)
-            raise WireError("arena handle cannot be mapped", str(error)) from None
+        except OSError:  # the process may have no more mappings: it gets a copy
+            try:
+                return self._read(start, length)
+            finally:
+                with self._guard:
+                    self._count_off(row)
 
     def discard(self, handle: bytes) -> None:
         """Let go of a handle that is not to be opened. Raises `WireError` as `open` does."""
@@ -201,13 +205,15 @@ class Arena:
         first = start - start % PAGE
         size = start + length - first
         kind = mmap.MAP_SHARED if slot is not None else mmap.MAP_PRIVATE
-        mapping = mmap.mmap(
-            self._table.fd,
-            size,
-            flags=kind | MAP_NORESERVE,
-            offset=self._table.data_start + first,
-        )
+        # `mmap` would keep a file descriptor of its own for each view: so it gets mere addresses, and
+        # the pages are put there.
+        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        flags = kind | MAP_NORESERVE | _MAP_FIXED
+        at = self._table.data_start + first
+        if _mmap(address, size, _READ_WRITE, flags, self._table.fd, at) != address:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
         region = _Region(address, size, row, first, slot, weakref.ref(mapping))
         with self._guard:
             # One that was here may not have been taken in: it is unmapped before that.
@@ -216,6 +222,15 @@ class Arena:
             self._regions[address] = region
         weakref.finalize(mapping, self._dropped, region).atexit = False
         return memoryview(mapping)[start - first : start - first + length]
+
+    def _read(self, start: int, length: int) -> memoryview:
+        copy = memoryview(bytearray(length))
+        at, left = self._table.data_start + start, copy
+        while left and (count := os.preadv(self._table.fd, [left], at)):  # at most 2 GiB at a time
+            at, left = at + count, left[count:]
+        if left:
+            _stale(f"{len(left)} of {length} bytes are missing")
+        return copy
 
     def _shared_region(self, address: int, size: int) -> _Region | None:
         """The region that these bytes lie in, if they are what the slot holds."""
@@ -291,6 +306,11 @@ class Arena:
             self._count_off(region.row)
         elif self._pool is not None:
             self._pool.drop(region.slot)
+
+
+_mmap = ctypes.PyDLL(None, use_errno=True).mmap  # keeps the interpreter lock: it is a short call
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 
 
 def _stale(detail: str) -> NoReturn:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SLOW_BYTES = 1024 * 1024
-"""From that size on a copy is not made on the loop's thread."""
+"""A larger copy is not made on the loop's thread: up to that it keeps the interpreter lock on any other, too."""
 
 _Copies = dict[int, asyncio.Future[memoryview | None]]
 
@@ -46,7 +46,7 @@ class Copier:
         return {
             index: loop.run_in_executor(self._thread, arena.stage, buffer)
             for index, buffer in enumerate(record.buffers)
-            if memoryview(buffer).nbytes >= _SLOW_BYTES and not arena.is_staged(buffer)
+            if memoryview(buffer).nbytes > _SLOW_BYTES and not arena.is_staged(buffer)
         }
 
     async def close(self) -> None:

@@ -278,6 +278,7 @@ class Engine(ABC):
 
     def say(self, route: bytes, kind: int, *texts: str) -> bool:
         """Send a message about the link itself; False when the peer's pipe is full or gone."""
+        self.look_soon()
         records = [Record(text.encode("utf-8", "replace")[:4096]) for text in texts]
         try:
             if not self.socket.begin(route):

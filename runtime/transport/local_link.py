@@ -270,7 +270,7 @@ class LocalLink:
         counts["records_in"] += len(batch.records)
         counts["bytes_in"] += sum(map(len, parts))
         for record in batch.records:
-            if self.closing or self.ended:
+            if not self._usual:
                 break
             try:
                 received(self, record)

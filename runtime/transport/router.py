@@ -131,6 +131,7 @@ class Router(Engine):
         link.stop_timer()
         link.timer = self.loop.call_later(self.linger_s, self.drop, link)
         if link.up:
+            self.look_soon()
             self.flush(link)
         elif not len(link.outbox):
             self.drop(link)
@@ -295,6 +296,7 @@ class Dialler(Router):
         route = b"%d" % self._dials
         link = SocketLink(self, peer, route, self._lane, endpoint)
         self.links[route] = link
+        self.look_soon()
         try:
             name = f"{self.hub.peer}#{self._lane.value}.{self._dials}"
             self.socket.connect(endpoint, route, name.encode())
@@ -302,8 +304,7 @@ class Dialler(Router):
             self.loop.call_soon(self.end, link, f"cannot connect to {endpoint}: {error}")
             return link
         self.say(route, frames.HELLO, self.hub.peer, peer, self._lane.name)
-        link.timer = self.loop.call_later(self.settings.connect_s, self._give_up, link)
-        self.look_soon()
+        self._expect(link)
         return link
 
     def link_to(self, peer: str) -> SocketLink | None:
@@ -311,6 +312,14 @@ class Dialler(Router):
             if link.peer == peer and not link.closing:
                 return link
         return None
+
+    def _expect(self, link: SocketLink, steps: int = 4) -> None:
+        """Give up unless the link is up in time. A loop that is busy all the while has not looked: so in steps."""
+        if steps == 0:
+            self._give_up(link)
+        else:
+            wait = self.settings.connect_s / 4
+            link.timer = self.loop.call_later(wait, self._expect, link, steps - 1)
 
     def _give_up(self, link: SocketLink) -> None:
         seconds = f"{self.settings.connect_s:g} s"

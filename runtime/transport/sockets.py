@@ -200,7 +200,7 @@ class SocketTransport:
             raise MisuseError(f"the transport of {self.peer} was started before")
         hub = self._hub = Hub(self.peer, self._settings, receiver, self._dial)
         _keep_freed_memory()
-        context = self._context = zmq.Context(io_threads=1)
+        context = self._context = zmq.Context(io_threads=1)  # `Listener` relies on its order
         bound = RouterSocket(context, self._settings)
         self._listener = Listener(hub, bound)
         try:

@@ -70,6 +70,8 @@ _PREAMBLES = {k: _MAGIC + bytes((VERSION, k, 0, 0, 0)) for k in range(8)}
 _KINDS = {preamble: kind for kind, preamble in _PREAMBLES.items()}
 _ONE = _PREAMBLES[_SINGLE]
 _BYTES_ONLY = frozenset({bytes})
+_new = tuple.__new__
+"""Makes records in half the time that their class takes."""
 _packer = msgpack.Packer()  # runs no code of ours or of users while it packs: safe to share
 
 
@@ -126,7 +128,7 @@ def decode_batch(parts: Sequence[Buffer], limits: Limits = LIMITS) -> Batch:
     if len(parts) == 1 and _BYTES_ONLY.issuperset(map(type, items)):
         if len(items) > limits.records:
             raise WireError("record count", f"{len(items)}, at most {limits.records}")
-        return Batch(kind, [Record(header) for header in items])
+        return Batch(kind, [_new(Record, (header, ())) for header in items])
     return Batch(kind, _records_with_buffers(items, parts, limits))
 
 
@@ -136,7 +138,7 @@ def _single(head: bytes, parts: Sequence[Buffer], limits: Limits) -> Batch:
         raise WireError("oversized header", f"{size} bytes, at most {limits.header_bytes}")
     if len(parts) - 1 > limits.record_buffers:
         raise WireError("buffer count", f"{len(parts) - 1}, at most {limits.record_buffers}")
-    return Batch(DATA, [Record(head[_PREAMBLE_BYTES:], parts[1:])])
+    return Batch(DATA, [_new(Record, (head[_PREAMBLE_BYTES:], parts[1:]))])
 
 
 def _records_with_buffers(

@@ -152,6 +152,9 @@ Message = (
 )
 
 _T = TypeVar("_T")
+_new = tuple.__new__
+"""Makes tuples with names in half the time that their classes take: for what is done for every call."""
+_unpack = msgpack.unpackb
 _pack = msgpack.Packer().pack  # runs no code of ours or of users while it packs: safe to share
 
 
@@ -164,10 +167,11 @@ def encode_call(
     stream: bool = False,
 ) -> Record:
     """See `Call`. Raises `MisuseError` for a method name that no peer would accept."""
-    _check_name(method)
+    if not method.isascii() or not 0 < len(method) <= MAX_NAME:
+        _check_name(method)
     kind = _STREAM if stream else _CALL
     if len(body) <= INLINE_BODY:
-        return Record(_pack((kind, id, method, deadline_s, body)), buffers)
+        return _new(Record, (_pack((kind, id, method, deadline_s, body)), buffers))
     return Record(_pack((kind, id, method, deadline_s, None)), (body, *buffers))
 
 
@@ -179,7 +183,7 @@ def encode_cast(cast: Cast) -> Record:
 
 def encode_result(id: int, body: Buffer, buffers: Sequence[Buffer] = ()) -> Record:
     if len(body) <= INLINE_BODY:
-        return Record(_pack((_RESULT, id, body)), buffers)
+        return _new(Record, (_pack((_RESULT, id, body)), buffers))
     return Record(_pack((_RESULT, id, None)), (body, *buffers))
 
 
@@ -246,7 +250,8 @@ def decode(record: Record) -> Message:
     """What a record says. Raises `WireError`, and nothing else, for anything amiss."""
     header, buffers = record
     try:
-        fields = msgpack.unpackb(header, max_array_len=MAX_PATH, max_map_len=0, max_ext_len=0)
+        # Lists are made as long as they say they are; maps and extensions no reader takes.
+        fields = _unpack(header, max_array_len=MAX_PATH)
     except (ValueError, TypeError) as error:
         raise WireError("malformed message", str(error)[:200]) from None
     if type(fields) is not list or not fields or type(fields[0]) is not int:
@@ -294,7 +299,7 @@ def _read_call(fields: list[Any], buffers: Sequence[Buffer]) -> Call | None:
     if deadline_s is not None and not _is_deadline(deadline_s):
         return None
     if type(field) is bytes:
-        return Call(id, method, field, buffers, deadline_s)
+        return _new(Call, (id, method, field, buffers, deadline_s, False))
     body = _body(field, buffers)
     return None if body is None else Call(id, method, *body, deadline_s)
 
@@ -323,7 +328,7 @@ def _read_result(fields: list[Any], buffers: Sequence[Buffer]) -> Result | None:
     if type(id) is not int or not 0 <= id < _MAX_ID:
         return None
     if type(field) is bytes:
-        return Result(id, field, buffers)
+        return _new(Result, (id, field, buffers))
     body = _body(field, buffers)
     return None if body is None else Result(id, *body)
 

@@ -3,7 +3,7 @@
 An error travels as its type's name, its message and the traceback as text; beside them, if pickle is allowed and
 they can be pickled, its class (by reference), arguments and attributes. At the caller it becomes a `RemoteError`
 that is also an instance of that class, so that `except KeyError` works over there. It is made without calling the
-class's constructor, whose parameters nobody knows. Some types are never made again, since raised in the middle of
+class's constructor, whose parameters nobody knows; the members of an exception group travel likewise. Some types are never made again, since raised in the middle of
 somebody's coroutine they would mean something else: what is no `Exception`, cancellation, the ends of iterators.
 
 Errors of our own machinery (`own=True`: "no such method", "timed out") arrive as themselves.
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import runtime.errors
-from runtime.errors import MisuseError, RemoteError, RuntimeFault, WireError
+from runtime.errors import CallGroupError, MisuseError, RemoteError, RuntimeFault, WireError
 from runtime.wire.frames import Buffer
 from runtime.wire.values import Encoded, class_name, decode, encode
 
@@ -31,7 +31,6 @@ _PACKAGE = os.path.dirname(runtime.errors.__file__) + os.sep
 _NEVER = (
     StopIteration,
     StopAsyncIteration,
-    BaseExceptionGroup,
     concurrent.futures.CancelledError,
 )
 _REMOTE_FIELDS = ("type_name", "message", "remote_traceback", "peer", "role", "rank")
@@ -53,8 +52,15 @@ def encode_error(error: BaseException, *, own: bool = False, pickle: bool = True
     origin = origin_class(error)
     if not pickle or origin is None:
         return encode([*head, None], pickle=False)
-    state = {"args": error.args, "dict": _attributes(error), "fields": _c_fields(origin, error)}
-    for attempt in ({"class": origin, **state}, {"class": origin}):
+    least: dict[str, Any] = {"class": origin, "args": error.args}
+    if isinstance(error, ExceptionGroup):
+        members = (encode_error(member) for member in error.exceptions)
+        least["members"] = [[body, list(map(bytes, buffers))] for body, buffers in members]
+        least["args"] = (error.message,)
+    whole = dict(least)
+    if not isinstance(error, CallGroupError):  # the results that it holds stay with its caller
+        whole |= {"dict": _attributes(error), "fields": _c_fields(origin, error)}
+    for attempt in (whole, least, {"class": origin}):
         try:
             return encode([*head, _nested(attempt)], pickle=False)
         except MisuseError:
@@ -86,7 +92,7 @@ def origin_class(error: BaseException) -> type[Exception] | None:
             return None
     if not issubclass(kind, Exception) or issubclass(kind, _NEVER):
         return None
-    return kind
+    return ExceptionGroup if kind is CallGroupError else kind
 
 
 def _attributes(error: BaseException) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def _c_fields(kind: type, error: BaseException) -> dict[str, Any]:
     """What builtin exceptions keep outside of `__dict__`: errno, filename, lineno …"""
     fields: dict[str, Any] = {}
     for base in kind.__mro__:
-        if base in (Exception, BaseException, object):
+        if base in (Exception, BaseException, BaseExceptionGroup, object):
             continue
         for name, descriptor in vars(base).items():
             if isinstance(descriptor, _C_FIELDS) and not name.startswith("__"):
@@ -158,11 +164,9 @@ def decode_error(
     if value[0] is not False or len(value) != 5 or not {str}.issuperset(map(type, value[1:4])):
         raise WireError("malformed error")
     name, message, text, packed = value[1:]
-    error = _rebuild(packed, name, message, text) if pickle and packed is not None else None
-    if error is None:
-        error = RemoteError(name, message, text, peer, role, rank)
-    vars(error).update(peer=peer, role=role, rank=rank)
-    return error
+    remote = (name, message, text, peer, role, rank)
+    error = _rebuild(packed, remote) if pickle and packed is not None else None
+    return RemoteError(*remote) if error is None else error
 
 
 def _own_class(name: object) -> type[RuntimeFault] | None:
@@ -180,7 +184,7 @@ def _restore_own(name: object, args: object, state: object) -> Exception:
     return error
 
 
-def _rebuild(packed: Any, name: str, message: str, text: str) -> RemoteError | None:
+def _rebuild(packed: Any, remote: tuple[Any, ...]) -> RemoteError | None:
     """None when the class or what belongs to it does not exist here: a plain `RemoteError` does then."""
     try:
         body, buffers = packed
@@ -189,7 +193,10 @@ def _rebuild(packed: Any, name: str, message: str, text: str) -> RemoteError | N
         args, attributes = state.get("args", ()), state.get("dict", {})
         if not issubclass(kind, Exception) or issubclass(kind, _NEVER):
             return None
-        return _make(kind, (name, message, text, "", "", -1), args, attributes, fields)
+        if issubclass(kind, ExceptionGroup):
+            at = dict(zip(("peer", "role", "rank"), remote[3:], strict=True))
+            args = (*args, [decode_error(*member, **at) for member in state["members"]])
+        return _make(kind, remote, args, attributes, fields)
     except Exception:  # noqa: BLE001 - runs users' classes; without them there is still a RemoteError
         return None
 
@@ -203,7 +210,10 @@ def _make(
 ) -> RemoteError:
     """An instance of the class that is both. Also what its pickles call."""
     both: type[RemoteError] = _both(kind)  # type: ignore[arg-type]  # classes do hash
-    error = both.__new__(both, *args)
+    if issubclass(both, ExceptionGroup):  # its own `__new__` checks the members, and keeps them
+        error: RemoteError = ExceptionGroup.__new__(both, *args)
+    else:
+        error = both.__new__(both, *args)
     for name, value in fields.items():
         try:
             setattr(error, name, value)

@@ -60,7 +60,7 @@ def encode(value: Any, *, pickle: bool = True, what: str = "the value") -> Encod
     to be although `pickle` is off.
     """
     if type(value) is bytes and len(value) < APART_BYTES:
-        return Encoded(_pack(value), [])
+        return tuple.__new__(Encoded, (_pack(value), []))
     try:
         try:
             return _encode_plain(value, share=not pickle)
@@ -82,7 +82,7 @@ def encode_leaves(values: Sequence[Any]) -> Encoded | None:
         if kind not in _LEAVES and (kind is not bytes or len(value) >= APART_BYTES):
             return None
     try:
-        return Encoded(_pack([list(values), None]), [])
+        return tuple.__new__(Encoded, (_pack([list(values), None]), []))
     except (OverflowError, UnicodeEncodeError):
         return None
 
@@ -297,7 +297,13 @@ def decode(body: Buffer, buffers: Sequence[Buffer] = (), *, pickle: bool = True)
     Raises `WireError`, and nothing else: "pickle refused" when `pickle` is off and the value needs it,
     "cannot rebuild" when a pickle names what does not exist here or its code raises.
     """
-    return _Decoder(buffers, pickle).value(body)
+    hook = _Decoder(buffers, pickle).extension
+    try:
+        return msgpack.unpackb(body, ext_hook=hook, strict_map_key=False)
+    except WireError:
+        raise
+    except (ValueError, TypeError, RecursionError, MemoryError, OverflowError) as error:
+        raise WireError("malformed value", f"{type(error).__name__}: {error}"[:200]) from None
 
 
 class _Decoder:
@@ -305,18 +311,10 @@ class _Decoder:
         self._buffers = buffers
         self._pickle = pickle
 
-    def value(self, body: Buffer) -> Any:
-        try:
-            return self._unpack(body)
-        except WireError:
-            raise
-        except (ValueError, TypeError, RecursionError, MemoryError, OverflowError) as error:
-            raise WireError("malformed value", f"{type(error).__name__}: {error}"[:200]) from None
-
     def _unpack(self, data: Buffer) -> Any:
-        return msgpack.unpackb(data, ext_hook=self._extension, strict_map_key=False)
+        return msgpack.unpackb(data, ext_hook=self.extension, strict_map_key=False)
 
-    def _extension(self, code: int, data: bytes) -> Any:
+    def extension(self, code: int, data: bytes) -> Any:
         if code == _PICKLE:
             return self._unpickle(data)
         reader = _READERS.get(code)

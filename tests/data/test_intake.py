@@ -122,6 +122,30 @@ def test_credit_is_room_that_others_do_not_get_until_it_runs_out() -> None:
     assert CREDIT_S < RESERVED_S
 
 
+def test_promises_to_others_keep_no_put_back_while_a_get_waits_for_more() -> None:
+    for get_first in (True, False):
+        bench = Bench(size=100)
+        bench.put("p", *"ab", credit=True)
+        groups = [{"bodies": [b"x"] * 49, "whole": True, "credit": True} for _ in range(2)]
+        if get_first:
+            waiting, _ = bench.call("c", "get", most=100, least=100)
+        effects = [e for group in groups for e in bench.call("q", "put", **group)[1]]
+        if not get_first:
+            assert bench.figures()["depth"] < 100
+            waiting, more = bench.call("c", "get", most=100, least=100)
+            effects += more
+        assert [len(names(e)) for e in effects if is_for(e, waiting)] == [100]
+
+
+def test_nobody_is_promised_room_while_a_put_waits_for_it() -> None:
+    bench = Bench(size=100)
+    bench.put("p", "a", credit=True)
+    bench.call("q", "put", bodies=[b"x"] * 150)
+    (answer,) = bench.put("p", "b", eager=True, credit=True)
+    assert isinstance(answer, Reply)
+    assert "credit" not in answer.value
+
+
 def test_who_may_not_wait_gets_promised_room_rather_than_a_refusal() -> None:
     bench = Bench(size=100)
     bench.put("p", "a", credit=True)

@@ -129,3 +129,14 @@ def test_consumers_of_a_closed_queue_wait_for_what_others_hold_on_lease() -> Non
     assert [type(e.error) for e in own if isinstance(e, Fail)] == [Closed]
     effects = bench.call("c", "nack", leases=[0])[1]
     assert [names(e) for e in effects if is_for(e, waiting)] == [["a"]]
+
+
+def test_what_a_direct_get_is_given_at_once_is_taken_and_what_it_waited_for_is_not() -> None:
+    bench = Bench()
+    bench.put("p", "a")
+    at_once, _ = bench.call("c", "get", most=1, least=1, direct=True)
+    waited, _ = bench.call("c", "get", most=1, least=1, direct=True)
+    bench.put("p", "b")
+    bench.machine.cancelled(at_once, 0)
+    bench.machine.cancelled(waited, 0)
+    assert bench.get("d", 9) == ["b"]

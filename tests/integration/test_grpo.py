@@ -134,7 +134,7 @@ def test_the_example_runs_from_its_own_command_and_the_reward_rises(tmp_path: Pa
 
 
 @pytest.mark.timeout(240)
-def test_killed_rollouts_ask_for_the_current_weights_and_go_on(
+def test_after_killed_rollouts_and_then_a_killed_reward_all_go_on_with_the_new_ones(
     tmp_path: Path, launch: Launch
 ) -> None:
     job = start(launch, tmp_path)
@@ -143,22 +143,11 @@ def test_killed_rollouts_ask_for_the_current_weights_and_go_on(
     kill(job, "rollout.0", "rollout.1")
     for rank in (0, 1):
         assert noted(job, f"sampled.rollout.{rank}.1") >= 10
+    kill(job, "reward.0")  # and the queue that it serves
     assert job.wait(120) == 0, job.describe()
-    assert not (tmp_path / "pid.trainer.0.1").exists()
-    assert_learnt(tmp_path / "out")
-    job.assert_nothing_left()
-
-
-@pytest.mark.timeout(240)
-def test_after_a_killed_reward_the_others_find_the_new_one_and_its_queue(
-    tmp_path: Path, launch: Launch
-) -> None:
-    job = start(launch, tmp_path)
-    at_step(job, 20)
-    kill(job, "reward.0")
-    assert job.wait(120) == 0, job.describe()
-    for actor in ("trainer.0", "rollout.0", "rollout.1"):
-        assert not (tmp_path / f"pid.{actor}.1").exists()
+    for actor in ("trainer.0.1", "rollout.0.2", "rollout.1.2"):
+        assert not (tmp_path / f"pid.{actor}").exists()
+    assert (tmp_path / "pid.reward.0.1").exists()
     assert_learnt(tmp_path / "out")
     job.assert_nothing_left()
 

@@ -20,6 +20,8 @@ Launch = Callable[..., Job]
 Results = dict[str, dict[str, Any]]
 
 _PROGRAM = Path(__file__).parent / "support" / "rpc_program.py"
+AT_ONCE_S = 5.0
+"""Much less than any wait that would have to run out, and enough for a busy machine."""
 
 
 def role(name: str, entry: str, *, total: int = 1, driver: bool = False, restarts: int = 0) -> str:
@@ -87,14 +89,14 @@ def test_an_unpicklable_argument_fails_that_call_only(results: Results) -> None:
     found = results["unpicklable_argument"]
     assert {"TypeError", "MisuseError"} & set(found["error"]), found
     assert "lock" in found["text"].lower()
-    assert found["seconds"] < 2
+    assert found["seconds"] < AT_ONCE_S
 
 
 def test_an_unpicklable_result_fails_that_call_only(results: Results) -> None:
     found = results["unpicklable_result"]
     assert "RuntimeFault" in found["error"], found
     assert "unpicklable" in found["text"]
-    assert found["seconds"] < 2
+    assert found["seconds"] < AT_ONCE_S
 
 
 def test_an_unknown_role_lists_the_roles(results: Results) -> None:
@@ -117,7 +119,7 @@ def test_a_callee_that_dies_in_mid_call_is_told_at_once_with_its_cause(results: 
     found = raised(results, "died_in_mid_call", "PeerLostError", "victim", "SIGKILL")
     assert "ConnectionError" in found["error"]
     assert found["attributes"] == {"role": "victim", "rank": 1, "cause": "SIGKILL"}
-    assert found["seconds"] < 1.0
+    assert found["seconds"] < AT_ONCE_S
 
 
 def test_a_restarted_callee_is_reached_without_a_new_proxy(results: Results) -> None:
@@ -126,13 +128,13 @@ def test_a_restarted_callee_is_reached_without_a_new_proxy(results: Results) -> 
 
 def test_a_callee_that_is_gone_for_good_fails_at_once(results: Results) -> None:
     found = raised(results, "gone_for_good", "PeerLostError", "leaver")
-    assert found["seconds"] < 1.0
+    assert found["seconds"] < AT_ONCE_S
 
 
 def test_a_call_times_out_after_its_time_and_says_what_it_waited_for(results: Results) -> None:
     found = raised(results, "timeout", "Timeout", "slow", "server")
     assert "TimeoutError" in found["error"]
-    assert 0.35 < found["seconds"] < 1.2
+    assert 0.35 < found["seconds"] < AT_ONCE_S
 
 
 def test_a_late_answer_goes_to_nobody(results: Results) -> None:
@@ -166,7 +168,7 @@ def test_a_cycle_of_plain_handlers_fails_at_once_and_names_the_cycle(results: Re
     assert "left" in found["text"]
     assert "right" in found["text"]
     assert "cycle" in found["text"].lower()
-    assert found["seconds"] < 5.0
+    assert found["seconds"] < AT_ONCE_S
 
 
 def test_10000_interleaved_calls_of_8_callers_each_get_their_own_answer(

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.looptime
 
 
 def idempotent(endpoint: Endpoint, target: str, method: str, *args: Any, retry: int = 1) -> Any:
-    future = CallFuture(endpoint.caller, asyncio.get_running_loop())
+    future = CallFuture(loop=asyncio.get_running_loop())
+    future.caller = endpoint.caller
     options = CallOptions(retry=retry, idempotent=True)
     future.call = endpoint.caller.call(
         target, method, codec.encode_arguments(args), future, options

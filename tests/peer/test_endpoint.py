@@ -20,6 +20,8 @@ from runtime.errors import (
 )
 from runtime.peer.context import PeerAddress
 from runtime.peer.endpoint import Endpoint, current_call
+from runtime.peer.execution import Later
+from runtime.peer.method import rpc
 from runtime.transport.base import Record
 from runtime.transport.memory import MemoryNetwork
 from runtime.wire import codec, messages
@@ -273,6 +275,28 @@ async def test_a_raw_handler_takes_and_gives_what_is_encoded() -> None:
         big = bytes(100_000)
         assert await a.call("b-0", "forward", (1, big)) == [[1, big], None]
         assert await a.call("b-0", "measure", (1, big)) == 1
+
+
+async def test_a_plain_handler_on_the_loop_may_answer_later_and_is_not_waited_for_when_given_up() -> (
+    None
+):
+    kept: list[Later] = []
+
+    @rpc(thread=False)
+    def postpone() -> Later:
+        kept.append(Later())
+        return kept[-1]
+
+    async with world(a=1, b=1) as job:
+        a, b = await job.start("a-0"), await job.start("b-0", postpone=postpone)
+        first, second = a.call("b-0", "postpone"), a.call("b-0", "postpone")
+        await settle()
+        second.cancel()
+        await settle()
+        for later in kept:
+            later.tell("late", None)
+        assert await first == "late"
+        assert b.statistics().running == 0
 
 
 async def test_large_buffers_are_staged_where_there_is_a_place_for_them() -> None:

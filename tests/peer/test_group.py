@@ -226,6 +226,8 @@ async def test_a_cast_reaches_every_member(job: World) -> None:
 
 async def test_ready_is_when_every_member_answers(job: World) -> None:
     await blocking(RoleGroup("w").wait_ready, FEW_S)
+    with pytest.raises(MisuseError, match=r"await group\.wait_ready_async"):
+        RoleGroup("w").wait_ready()
     assert 0 <= await RoleGroup("w")[0].ping() < FEW_S
     with pytest.raises(Timeout, match=r"not ready after 0.05 s; no answer from other-0, other-1"):
         await RoleGroup("other").wait_ready_async(0.05)

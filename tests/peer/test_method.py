@@ -164,6 +164,9 @@ def test_options_of_export_beat_those_of_rpc() -> None:
 def test_what_cannot_be_exported_is_refused() -> None:
     with pytest.raises(MisuseError, match="not callable"):
         Exports("a-0").add("f", 3)  # type: ignore[arg-type]
+    for name in ("", 3, None):
+        with pytest.raises(MisuseError, match=f"{name!r} is no name to export by"):
+            Exports("a-0").add(name, not_marked)  # type: ignore[arg-type]
 
 
 def test_generators_are_known_as_such_and_where_they_run() -> None:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import WireError
+from runtime.transport import arena
 from runtime.transport.arena import LEAST_BYTES, Arena, ArenaSpec
 from runtime.transport.arena_keeper import Keeper
 from runtime.transport.arena_table import EXTENT
@@ -55,7 +56,9 @@ class Host:
 @pytest.fixture
 def host() -> Iterator[Host]:
     host = Host()
+    gc.freeze()  # `gc.collect` looks at what the test makes, not at what a thousand others left
     yield host
+    gc.unfreeze()
     host.close()
 
 
@@ -227,6 +230,35 @@ def test_a_tensor_made_of_a_view_keeps_it(host: Host) -> None:
     cycle.append(cycle)
     del cycle
     assert not host.free()
+    gc.collect()
+    assert host.free()
+
+
+def test_views_cost_no_file_descriptors(host: Host) -> None:
+    one, other, *_ = host.members
+    data = text(LEAST_BYTES)
+    before = len(os.listdir("/proc/self/fd"))
+    staged = one.stage(data)
+    assert staged is not None
+    views = [send(staged, one, other) for _ in range(100)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # each member's own
+    assert all(view == data for view in views)
+
+
+def test_a_process_without_more_mappings_gets_a_copy(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, *_ = host.members
+    data = text(LARGE)
+    handle = one.share(data, other.index)
+    assert handle is not None
+    monkeypatch.setattr(arena, "_mmap", lambda *_: None)
+    view = other.open(handle)
+    assert view == data
+    view[0] ^= 1  # its own
+    assert one.share(data, other.index) is None  # no view of a slot, either: it goes otherwise
+    assert host.keeper.statistics().rows <= 1
+    monkeypatch.undo()
     gc.collect()
     assert host.free()
 

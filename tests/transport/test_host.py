@@ -1,4 +1,5 @@
-"""Both ways of a host in one transport: the contract with and without the local lane, and who is reached how."""
+"""Both ways of a host in one transport: the contract with both (with one, `test_sockets` has it), and who is
+reached how."""
 
 from __future__ import annotations
 
@@ -42,9 +43,9 @@ def directory() -> Iterator[Path]:
 
 
 class TestContract(TransportContract):
-    @pytest.fixture(params=["local", "zmq"])
-    def network(self, request: pytest.FixtureRequest, directory: Path) -> Network:
-        return HostNetwork(directory, request.param == "local")
+    @pytest.fixture
+    def network(self, directory: Path) -> Network:
+        return HostNetwork(directory, local=True)
 
 
 @pytest.fixture

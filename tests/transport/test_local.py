@@ -73,7 +73,9 @@ def directory() -> Iterator[Path]:
 @pytest.fixture
 def shared(directory: Path) -> Iterator[LocalNetwork]:
     network = LocalNetwork(directory, Keeper(128 * MIB, 16))
+    gc.freeze()  # so that `gc.collect` is quick
     yield network
+    gc.unfreeze()
     network.close()
 
 

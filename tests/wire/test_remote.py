@@ -86,6 +86,48 @@ def test_an_error_is_both_remote_and_what_it_was(error: Exception) -> None:
     assert again.type_name == got.type_name
 
 
+class Several(ExceptionGroup[Exception]):
+    def __new__(cls, code: int, members: list[Exception]) -> Several:
+        made = super().__new__(cls, f"code {code}", members)
+        made.code = code
+        return made
+
+    code: int
+
+
+def test_groups_arrive_with_their_members() -> None:
+    inner = ExceptionGroup("inner", [Picky(1, second=2), StopIteration()])
+    group = _through(Several(7, [_raised(KeyError("k")), inner]))
+    assert isinstance(group, RemoteError)
+    assert isinstance(group, Several)
+    assert group.code == 7
+    seen: list[Exception] = []
+    try:
+        raise pickling.loads(pickling.dumps(_through(group)))
+    except* KeyError as keys:
+        seen += keys.exceptions
+    except* Picky as found:
+        seen += found.exceptions[0].exceptions
+    except* RemoteError as rest:
+        seen += rest.exceptions[0].exceptions
+    assert [str(error).partition(" (raised")[0] for error in seen] == [
+        "KeyError: 'k'",
+        f"{__name__}.Picky: 1/2",
+        "StopIteration",
+    ]
+    assert all(isinstance(e, RemoteError) and (e.role, e.rank) == ("b", 0) for e in seen)
+    assert "in _raised" in seen[0].remote_traceback
+
+
+def test_the_results_of_a_group_call_stay_with_its_caller() -> None:
+    failed = errors.CallGroupError("f() failed", [KeyError("k")], partial={1: "result"})
+    got = _through(failed)
+    assert isinstance(got, ExceptionGroup)
+    assert isinstance(got.exceptions[0], KeyError)
+    assert got.type_name == "runtime.errors.CallGroupError"
+    assert not hasattr(got, "partial")
+
+
 def test_attributes_come_along() -> None:
     assert _through(Picky(1, second=2)).second == 2
     got = _through(FileNotFoundError(2, "none", "/x"))
@@ -112,7 +154,7 @@ def test_except_clauses_work_as_if_it_were_local() -> None:
         SystemExit(3),
         asyncio.CancelledError(),
         concurrent.futures.CancelledError(),
-        ExceptionGroup("g", [KeyError(1)]),
+        BaseExceptionGroup("g", [KeyboardInterrupt()]),
     ],
     ids=lambda e: type(e).__name__,
 )

@@ -45,9 +45,11 @@ class Stream:
         self._thread.start()
 
     def _pump(self) -> None:
+        poller = select.poll()  # `select` would know numbers below 1,024 only
+        poller.register(self._fd, select.POLLIN)
         try:
             while not self._stop.is_set():
-                if not select.select([self._fd], [], [], 0.05)[0]:
+                if not poller.poll(50):
                     continue
                 chunk = os.read(self._fd, 1 << 16)
                 if not chunk:

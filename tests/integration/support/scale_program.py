@@ -29,6 +29,7 @@ class Node:
 
     def __init__(self) -> None:
         self.noted: list[tuple[int, int]] = []
+        self.released = threading.Event()
 
     @rpc
     async def echo(self, value: Any) -> Any:
@@ -85,8 +86,14 @@ class Node:
         await asyncio.Event().wait()
 
     @rpc
-    def slow(self, seconds: float, load: bytes) -> None:
-        time.sleep(seconds)
+    def hold(self) -> None:
+        """Keeps plain handlers from running until `release`."""
+        self.released.wait(30)
+        self.released.clear()
+
+    @rpc
+    async def release(self) -> None:
+        self.released.set()
 
     @rpc
     async def blocks(self, how: str) -> list[str]:
@@ -209,7 +216,7 @@ class Driver(Node):
             thread.start()
         for thread in threads:
             thread.join()
-        holds = server().call("slow", 2.0, b"")
+        holds = server().call("hold")
         late, began = server().options(timeout=0.3), time.monotonic()
         futures, errors = [], []
         for _ in range(20):
@@ -219,6 +226,7 @@ class Driver(Node):
                 errors.append(type(error).__name__)
         errors += [type(future.exception()).__name__ for future in futures]
         waited = time.monotonic() - began
+        server().call("release").result(timeout=20)
         holds.result(timeout=20)
         return {"right": found.count(True), "errors": errors, "waited": waited}
 
@@ -231,12 +239,12 @@ class Driver(Node):
         before = [left(), server().call("left").result(timeout=10)]
         outcomes: dict[str, int] = {}
         late = server().options(timeout=0.3)
-        held = [server().call("slow", 2.0, b"")]
+        held = [server().call("hold")]
         for number in range(500):
             load = bytes(LARGE if number % 25 == 0 else 100)
-            method, args = (("hang", (load,)), ("slow", (0.0, load)))[number % 2]
-            held.append(late.call(method, *args))
-            held.append(server().call(method, *args))
+            method = ("hang", "plain")[number % 2]
+            held.append(late.call(method, load))
+            held.append(server().call(method, load))
         during = left()
         for future in held[2::2]:
             future.cancel()
@@ -247,8 +255,10 @@ class Driver(Node):
             except BaseException as error:
                 outcome = type(error).__name__
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        server().call("release").result(timeout=20)
+        held[0].result(timeout=20)
         held.clear()
-        del future, load, args
+        del future, load
         after = settled(before)
         return {"outcomes": outcomes, "during": during, "before": before, "after": after}
 
@@ -288,8 +298,8 @@ def left() -> dict[str, int]:
 
 def settled(before: list[dict[str, int]]) -> list[dict[str, int]]:
     """The same counts as `before`, as soon as they are no higher and no slot is in use, at the latest after
-    eight seconds."""
-    until = time.monotonic() + 8
+    thirty seconds."""
+    until = time.monotonic() + 30
     while True:
         now = [left(), server().call("left").result(timeout=10)]
         limits = [was | {"slots": 0} for was in before]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures.thread
+import gc
 import os
 import sys
 import threading
@@ -51,11 +52,16 @@ class _WholeJob(Node):
         await self._agent.close()
 
 
+def _never() -> Node:
+    raise ConfigError("this one is not to run")
+
+
 @pytest.fixture(autouse=True)
 def _process_as_it_was() -> Iterator[None]:
-    interval = sys.getswitchinterval()
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     yield
     sys.setswitchinterval(interval)
+    gc.set_threshold(*thresholds)
     context.install(None)
     context.on_first_use(None)
 
@@ -128,6 +134,17 @@ def test_starting_again_is_nothing_and_shortens_the_switch_interval(peer: Blocki
     peer.begin()
     assert threading.active_count() == before
     assert sys.getswitchinterval() == pytest.approx(0.0005)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((700, 10, 10), (10_000, 10, 10)), ((5_000, 7, 7), (5_000, 7, 7))]
+)
+def test_the_garbage_collector_looks_less_often_unless_somebody_has_set_it(
+    before: tuple[int, int, int], after: tuple[int, int, int]
+) -> None:
+    gc.set_threshold(*before)
+    BlockingNode(_never).begin()
+    assert gc.get_threshold() == after
 
 
 def test_what_keeps_the_node_from_starting_is_raised_in_start() -> None:

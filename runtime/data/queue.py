@@ -323,7 +323,8 @@ class DataQueue(Generic[T]):
 
     def qsize(self, timeout: float | None = None) -> int:
         """Items that can be got at this moment."""
-        return self.statistics(timeout).depth
+        depth: int = self._blocking("qsize_async", {"op": "statistics"}, timeout)["depth"]
+        return depth
 
     async def qsize_async(self) -> int:
         """As `qsize`."""

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 GRACE_S = 2.0
 """How long after its timeout a request may still be answered by its owner, who knows how much was done."""
-FIND_S = 10.0
+FIND_S = 2.0
 """How long a request that must not wait for anything else may take to find the owner."""
 
 _LOOK_AGAIN_S = 0.05
@@ -291,7 +291,8 @@ class RemoteSide:
 
     def _late(self, errand: _Errand) -> None:
         """The timeout has passed; the owner, who knows it, ought to have answered."""
-        if errand.sent_at is not None and errand.timer is not None:
+        asked = errand.sent_at is not None and self._owner is not None
+        if asked and errand.timer is not None:
             errand.timer = None
             self._loop.call_later(GRACE_S, self._late, errand)
             return

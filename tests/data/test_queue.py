@@ -122,7 +122,32 @@ async def test_blocking_forms_on_the_peer_loop_name_the_async_ones() -> None:
                 queue.put(1)
             with pytest.raises(MisuseError, match=r"await queue\.get_async"):
                 queue.get()
+            with pytest.raises(MisuseError, match=r"await queue\.qsize_async"):
+                queue.qsize()
             assert await queue.qsize_async() == 0
+
+
+async def test_a_get_whose_owner_has_died_still_ends_at_its_timeout() -> None:
+    async with cluster.running(cluster.actors(("a", 2))) as (job, (one, other)):
+        owner, queue = _queue(one, is_master=True), _queue(other)
+        await owner.put_async(1)
+        assert await queue.get_async() == [1]
+        begun = asyncio.get_running_loop().time()
+        waiting = asyncio.get_running_loop().create_task(queue.get_async(timeout=3))
+        await asyncio.sleep(1)
+        await one.endpoint.close()
+        await job.exited(one, "SIGKILL", -9, final=True)
+        with pytest.raises(Timeout, match="has no owner"):
+            await waiting
+        assert asyncio.get_running_loop().time() - begun == pytest.approx(3, abs=0.1)
+
+
+async def test_asking_without_waiting_takes_a_moment_where_nobody_owns_the_queue() -> None:
+    async with cluster.running(cluster.actors(("a", 1))) as (_, (one,)):
+        begun = asyncio.get_running_loop().time()
+        with pytest.raises(Timeout, match="has no owner"):
+            await _queue(one).get_async(timeout=0)
+        assert asyncio.get_running_loop().time() - begun == pytest.approx(2, abs=0.1)
 
 
 async def test_wrong_settings_are_named() -> None:

@@ -95,12 +95,11 @@ class Window:
 class Credits:
     """What a caller is still to be told of: its calls and casts that wait here no longer."""
 
-    __slots__ = ("_bytes", "_casts_told", "cast_bytes", "ids")
+    __slots__ = ("_bytes", "cast_bytes", "ids")
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self.cast_bytes = self._casts_told = 0
-        self._bytes = 0
+        self.cast_bytes = self._bytes = 0
 
     def add(self, id: int, size: int) -> bool:
         """The call `id` (0: a cast) waits no longer. True when that is to be told at once."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,15 +11,6 @@ from examples.sft.model import GPT, fingerprint, nats_per_byte, write
 from examples.sft.settings import FAST, Settings
 
 TINY = Settings(**{**FAST, "steps": 10, "warmup": 2})  # type: ignore[arg-type]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small are quicker with one, and on a busy machine much quicker."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

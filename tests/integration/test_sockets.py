@@ -285,14 +285,20 @@ async def test_a_link_that_turns_bad_is_lost_and_what_follows_is_ignored(
     again.close()
 
 
+async def _with_bulk(stranger: Stranger, address: str) -> Stranger:
+    """Introduce `stranger` on the RPC lane; the same peer on the BULK lane."""
+    bulk = Stranger(address)
+    for one, lane in ((stranger, "RPC"), (bulk, "BULK")):
+        one.socket.send_multipart(_hello("x.1", lane=lane))
+        assert (await one.answer()).kind == frames.WELCOME
+    return bulk
+
+
 async def test_a_transfer_by_hand_is_delivered_and_a_bad_piece_ends_both_links(
     peer: tuple[SocketTransport, Inbox], stranger: Stranger
 ) -> None:
     transport, inbox = peer
-    bulk = Stranger(transport.address)
-    for socket, lane in ((stranger, "RPC"), (bulk, "BULK")):
-        socket.socket.send_multipart(_hello("x.1", lane=lane))
-        assert (await socket.answer()).kind == frames.WELCOME
+    bulk = await _with_bulk(stranger, transport.address)
     bulk.socket.send_multipart(_piece(0, 10, 0, b"before"))
     stranger.socket.send_multipart(_split(10))
     stranger.socket.send_multipart(_data(b"behind"))
@@ -327,10 +333,7 @@ async def test_a_bulk_link_that_ends_in_a_transfer_ends_the_link_of_its_record(
     peer: tuple[SocketTransport, Inbox], stranger: Stranger
 ) -> None:
     transport, inbox = peer
-    bulk = Stranger(transport.address)
-    for socket, lane in ((stranger, "RPC"), (bulk, "BULK")):
-        socket.socket.send_multipart(_hello("x.1", lane=lane))
-        assert (await socket.answer()).kind == frames.WELCOME
+    bulk = await _with_bulk(stranger, transport.address)
     stranger.socket.send_multipart(_split(10))
     bulk.socket.send_multipart(_piece(0, 10, 0, b"before"))
     bulk.close()

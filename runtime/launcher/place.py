@@ -1,8 +1,8 @@
 """Which instance of which role goes to which host.
 
 Elastic roles come first and fill hosts in their order, so that ranks of one host are neighbours. Simple
-roles go, a group at a time, to the first host with room, and when none has any, to the least crowded:
-a slot is no core, and nothing is refused for having few. Members of a group share a host; group i of
+roles go, a group at a time, to the first host with free slots, else to the least crowded one of those whose
+slots are not known, else to the least crowded of all: a slot is no core, and nothing is refused for having few. Members of a group share a host; group i of
 collocated roles shares the host of the first of them, and takes no further slots.
 """
 
@@ -105,11 +105,13 @@ def _spread(role: RoleSpec, rooms: Sequence[Room], used: Mapping[str, int]) -> l
     taken = dict(used)
     hosts: list[str] = []
 
-    def free(room: Room) -> float:
-        return float("inf") if room.slots is None else room.slots - taken[room.name]
+    def free(room: Room) -> int:
+        return (room.slots or 0) - taken[room.name]
 
     for _ in range(role.total // role.per_group):
-        room = next((r for r in rooms if free(r) >= role.per_group), None) or max(rooms, key=free)
+        roomy = next((room for room in rooms if free(room) >= role.per_group), None)
+        unknown = [room for room in rooms if room.slots is None]
+        room = roomy or max(unknown or rooms, key=free)
         taken[room.name] += role.per_group
         hosts += [room.name] * role.per_group
     return hosts

@@ -301,7 +301,7 @@ def placed(found: JobSpec, *rooms: Room) -> dict[str, str]:
 def test_elastic_roles_fill_hosts_in_order_and_simple_ones_take_what_is_left() -> None:
     found = job(role("eval"), role("train", kind="elastic", total=3, nnodes=(1, 2)))
     assert placed(found, Room("h1", 2), Room("h2", 4)) == {"train": "h1 h1 h2", "eval": "h2"}
-    assert placed(found, Room("h1"), Room("h2")) == {"train": "h1 h1 h2", "eval": "h1"}
+    assert placed(found, Room("h1"), Room("h2")) == {"train": "h1 h1 h2", "eval": "h2"}
 
 
 def test_members_of_a_group_share_a_host() -> None:
@@ -311,6 +311,17 @@ def test_members_of_a_group_share_a_host() -> None:
     assert placed(job(role("s", total=4, per_group=2)), Room("h1", 3), Room("h2", 2)) == {
         "s": "h1 h1 h2 h2"
     }
+
+
+def test_simple_roles_spread_over_hosts_whose_slots_are_not_known() -> None:
+    roles = (role("roll", total=2), role("reward"), role("judge", total=2, per_group=2))
+    assert placed(job(*roles), Room("h1"), Room("h2"), Room("h3")) == {
+        "roll": "h1 h2",
+        "reward": "h3",
+        "judge": "h1 h1",
+    }
+    # Slots that are known and free come first.
+    assert placed(job(*roles[:2]), Room("h1"), Room("h2", 1)) == {"roll": "h2 h1", "reward": "h1"}
 
 
 def test_simple_roles_are_never_refused_for_want_of_slots() -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from runtime.aio import background
 from runtime.errors import Closed, MisuseError, Timeout
 from runtime.peer import context
+from runtime.peer.mailbox import VisitedLoop
 from runtime.peer.threads import ThreadRunner
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class BlockingNode:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: VisitedLoop | None = None
         self._node: Node | None = None
         self._stopping: asyncio.Event | None = None
         self._stopped = False
@@ -159,11 +160,11 @@ class BlockingNode:
             alive = self._thread is not None and self._thread.is_alive()
             loop = self._loop if alive else None
             future = asyncio.run_coroutine_threadsafe(work, loop) if loop is not None else None
-        if future is None:
+        if future is None or loop is None:
             work.close()
             raise Closed(_NOT_RUNNING)
         try:
-            return future.result(timeout)
+            return loop.outside(future.result, timeout)
         except concurrent.futures.TimeoutError:
             if future.done():
                 raise
@@ -208,7 +209,7 @@ class BlockingNode:
     def _main(self) -> None:
         # Not asyncio.run: handlers of the user run here, and a `sys.exit` in one of them comes out of
         # the loop. It ends that handler, not the node.
-        loop = asyncio.new_event_loop()
+        loop = VisitedLoop()
         asyncio.set_event_loop(loop)
         loop.set_default_executor(_DaemonThreads())
         try:
@@ -230,7 +231,7 @@ class BlockingNode:
             asyncio.set_event_loop(None)
             loop.close()
 
-    async def _live(self, loop: asyncio.AbstractEventLoop) -> None:
+    async def _live(self, loop: VisitedLoop) -> None:
         self._stopping = asyncio.Event()
         self._loop = loop
         node = self._make()

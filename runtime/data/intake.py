@@ -29,6 +29,9 @@ _CREDIT_ITEMS = 4096
 _CREDIT_BYTES = 16 << 20
 _LEAST_CREDIT = 8
 _PARTIAL_KEPT = 64
+_FORGET_S = 600.0
+"""Who has put nothing for so long is forgotten: only a put that is repeated after that would come twice."""
+_NOTHING = Piece(0, [])
 
 
 class Bounds:
@@ -76,12 +79,12 @@ class _Put:
 
 
 class _Producer:
-    """Its newest put, those that wait, what of others went in, and what is reserved for it."""
+    """Its newest put and when that came, those that wait, what of others went in, and what is reserved for it."""
 
-    __slots__ = ("bytes", "items", "last", "partial", "puts")
+    __slots__ = ("bytes", "items", "last", "partial", "puts", "seen")
 
     def __init__(self) -> None:
-        self.last = -1
+        self.last, self.seen = -1, 0.0
         self.puts: dict[Call, _Put] = {}
         self.partial: dict[int, int] = {}
         self.items = self.bytes = 0
@@ -107,7 +110,7 @@ class Intake:
         self._turns: dict[str, None] = {}
         self._alarms: Alarms[Call] = Alarms()
         self._reserved = self._reserved_bytes = 0
-        self._reserved_until = 0.0
+        self._reserved_until = self._forgets_at = 0.0
 
     def put(self, message: Message, call: Call, now: float) -> list[Effect]:
         """A put comes in. Raises `MisuseError` for one that never fits, `Closed`."""
@@ -115,7 +118,7 @@ class Intake:
         timeout = message.get("timeout")
         if timeout:
             seconds(message, "timeout")
-        eager, credit = flag(message, "eager", False), flag(message, "credit", False)
+        eager, credit = _flag(message, "eager"), _flag(message, "credit")
         name = producer_of(call)
         producer = self._producers.get(name)
         if producer is not None and call.id <= producer.last:
@@ -125,8 +128,9 @@ class Intake:
         if self.closed and not eager:
             raise Closed(f"queue {self._bounds.name!r} is closed")
         if producer is None:
+            self._forget_idle(now)
             producer = self._producers[name] = _Producer()
-        producer.last = call.id
+        producer.last, producer.seen = call.id, now
         put = _Put(call, piece, None if timeout is None else now + timeout, eager, credit)
         if eager and self._reserved:
             self._use_credit(producer, put.total, piece.size())
@@ -218,7 +222,10 @@ class Intake:
         """Let in as much of `put` as there is room for. Whether all of it is in now."""
         count = self._room(put, now, ignoring_credit)
         if count:
+            all_of_it = count == len(put.piece)
             piece = put.piece.cut(count)
+            if all_of_it:
+                put.piece = _NOTHING
             piece.number = self.admitted
             self.admitted += count
             self._shelf.add(put.producer, piece)
@@ -261,6 +268,19 @@ class Intake:
         del puts[put.call]
         if not puts:
             del self._turns[put.producer]
+
+    def _forget_idle(self, now: float) -> None:
+        if now < self._forgets_at:
+            return
+        self._forgets_at = now + _FORGET_S / 2
+        idle = [
+            name
+            for name, producer in self._producers.items()
+            if now - producer.seen > _FORGET_S and not producer.puts
+        ]
+        for name in idle:
+            self._use_credit(self._producers[name], self._bounds.items, _CREDIT_BYTES)
+            del self._producers[name]
 
     def _note_partial(self, put: _Put) -> None:
         partial = self._producers[put.producer].partial
@@ -310,7 +330,7 @@ class Intake:
             "closed": self.closed,
             "admitted": self.admitted,
             "producers": [
-                [name, p.last, list(p.partial.items()), p.items, p.bytes]
+                [name, p.last, p.seen, list(p.partial.items()), p.items, p.bytes]
                 for name, p in self._producers.items()
             ],
             "waiting": [
@@ -318,14 +338,14 @@ class Intake:
                 for p in self.waiting.values()
             ],
             "turns": list(self._turns),
-            "reserved_until": self._reserved_until,
+            "until": [self._reserved_until, self._forgets_at],
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.closed, self.admitted = state["closed"], state["admitted"]
-        for name, last, partial, items, size in state["producers"]:
+        for name, last, seen, partial, items, size in state["producers"]:
             producer = self._producers[name] = _Producer()
-            producer.last, producer.partial = last, dict(partial)
+            producer.last, producer.seen, producer.partial = last, seen, dict(partial)
             producer.items, producer.bytes = items, size
             self._reserved += items
             self._reserved_bytes += size
@@ -335,7 +355,7 @@ class Intake:
             self.waiting[put.call] = self._producers[put.producer].puts[put.call] = put
             self._alarms.set(deadline, put.call)
         self._turns = dict.fromkeys(state["turns"])
-        self._reserved_until = state["reserved_until"]
+        self._reserved_until, self._forgets_at = state["until"]
 
 
 def _read_piece(message: Message) -> Piece:
@@ -347,5 +367,9 @@ def _read_piece(message: Message) -> Piece:
     version = message.get("version")
     if version is not None:
         whole(message, "version")
-    group, plain = flag(message, "whole", False), flag(message, "plain", False)
-    return Piece(0, bodies, buffers, version, group, plain)
+    return Piece(0, bodies, buffers, version, _flag(message, "whole"), _flag(message, "plain"))
+
+
+def _flag(message: Message, name: str) -> bool:
+    """Most are not there."""
+    return name in message and flag(message, name, False)

@@ -76,14 +76,14 @@ def encode_items(items: Sequence[Any]) -> tuple[list[bytes], list[list[Buffer]] 
     return [one.body for one in encoded], buffers if any(buffers) else None, False
 
 
-def decode_items(
-    bodies: list[bytes], buffers: Sequence[Sequence[Buffer]] | None, plain: Sequence[bool]
-) -> list[Any]:
-    """The values of items. `plain`: of which the bodies are the items. Raises `MisuseError` for what cannot be
-    read in this process."""
-    if all(plain):
+def decode_items(answer: Mapping[str, Any]) -> list[Any]:
+    """The values of the items that a get was given. Raises `MisuseError` for what cannot be read in this process."""
+    bodies: list[bytes] = answer["bodies"]
+    runs = answer["runs"]
+    if all(run[-1] for run in runs):
         return bodies
-    parts = buffers or [()] * len(bodies)
+    plain = [as_is for _, count, _, _, as_is in runs for _ in range(count)]
+    parts = answer["buffers"] or [()] * len(bodies)
     try:
         return [
             body if as_is else codec.decode(body, beside)

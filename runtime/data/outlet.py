@@ -80,7 +80,7 @@ class Outlet:
             whole(message, "min_version")
         if timeout:
             seconds(message, "timeout")
-        lease = flag(message, "lease", False)
+        lease = "lease" in message and flag(message, "lease", False)
         lease_s = (seconds(message, "lease_s") or self._lease_s) if lease else None
         deadline = None if timeout is None else now + timeout
         return _Get(call, most, least, lease, lease_s, version, deadline)

@@ -187,9 +187,7 @@ def _letter(value: Any, error: Exception | None) -> Encoded:
 
 
 def _outcome(effect: Effect) -> Outcome:
-    match effect:
-        case Reply(_, value):
-            return value, None
-        case Fail(_, error):
-            return None, error
-    raise AssertionError(f"a queue has no effect {effect!r}")
+    if type(effect) is Reply:
+        return effect.value, None
+    assert type(effect) is Fail, f"a queue has no effect {effect!r}"
+    return None, effect.error

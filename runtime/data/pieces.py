@@ -60,13 +60,12 @@ class Piece:
         return count
 
     def cut(self, count: int) -> Piece:
-        """The first `count` items, which are no longer in this one."""
+        """The first `count` items, which are no longer in this one; this one, when that is all that it ever had."""
         start, end = self.at, self.at + count
         if start == 0 and end == len(self.bodies):
-            bodies, buffers = self.bodies, self.buffers
-        else:
-            bodies = self.bodies[start:end]
-            buffers = None if self.buffers is None else self.buffers[start:end]
+            return self
+        bodies = self.bodies[start:end]
+        buffers = None if self.buffers is None else self.buffers[start:end]
         first = Piece(self.number, bodies, buffers, self.version, self.whole, self.plain)
         self.at, self.number = end, self.number + count
         return first
@@ -139,9 +138,7 @@ class Shelf:
             piece = self._back[0]
             if piece.whole and len(piece) > most - got and got >= least:
                 break
-            got += self._take_from(piece, most - got, taken)
-            if not len(piece):
-                del self._back[0]
+            got += self._take_from(self._back, most - got, taken)
         moved = True
         while moved and got < most and self._lines:
             # One round: as many of each producer; who was served goes to the end.
@@ -164,21 +161,25 @@ class Shelf:
             piece = line[0]
             if piece.whole and len(piece) > room - got and got >= wanted:
                 break
-            got += self._take_from(piece, share - got, taken)
-            if not len(piece):
-                line.popleft()
+            got += self._take_from(line, share - got, taken)
         if got:
             del self._lines[producer]
             if line:
                 self._lines[producer] = line
         return got
 
-    def _take_from(self, piece: Piece, most: int, taken: list[Piece]) -> int:
-        cut = piece.cut(len(piece) if piece.whole else min(most, len(piece)))
-        taken.append(cut)
-        self.depth -= len(cut)
-        self.bytes -= cut.size()
-        return len(cut)
+    def _take_from(self, line: deque[Piece] | list[Piece], most: int, taken: list[Piece]) -> int:
+        piece = line[0]
+        count = len(piece)
+        if piece.whole or count <= most:
+            del line[0]
+        else:
+            count = most
+        piece = piece.cut(count)
+        taken.append(piece)
+        self.depth -= count
+        self.bytes -= piece.size()
+        return count
 
     def drop_older(self, version: int) -> int:
         """Drop the items of versions below this one; how many there were. Items without one stay."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -194,11 +195,14 @@ class DataQueue(Generic[T]):
             message["version"] = version
         if group is not None:
             message["whole"] = True
-        bodies, buffers, plain = encode_items(objs)
+        message["bodies"], buffers, plain = encode_items(objs)
         if buffers is not None:
             stage = self._context.endpoint.stage
-            buffers = [stage(codec.Encoded(b"", parts)).buffers for parts in buffers]
-        message["bodies"], message["buffers"], message["plain"] = bodies, buffers, plain
+            message["buffers"] = [
+                stage(codec.Encoded(b"", parts), "queue").buffers for parts in buffers
+            ]
+        elif plain:
+            message["plain"] = True
         return self._ask(message, timeout)
 
     # -- getting ------------------------------------------------------------------------------
@@ -284,8 +288,7 @@ class DataQueue(Generic[T]):
         return self._given(value)
 
     def _given(self, value: dict[str, Any]) -> list[Any]:
-        plain = [as_is for _, count, _, _, as_is in value["runs"] for _ in range(count)]
-        items = decode_items(value["bodies"], value["buffers"], plain)
+        items = decode_items(value)
         first = value["lease"]
         if first is None:
             return items
@@ -323,8 +326,7 @@ class DataQueue(Generic[T]):
 
     def qsize(self, timeout: float | None = None) -> int:
         """Items that can be got at this moment."""
-        depth: int = self._blocking("qsize_async", {"op": "statistics"}, timeout)["depth"]
-        return depth
+        return int(self._blocking("qsize_async", {"op": "statistics"}, timeout)["depth"])
 
     async def qsize_async(self) -> int:
         """As `qsize`."""
@@ -332,8 +334,7 @@ class DataQueue(Generic[T]):
 
     def statistics(self, timeout: float | None = None) -> QueueStatistics:
         """What is in the queue, who waits, and what goes through it."""
-        figures = self._blocking("statistics_async", {"op": "statistics"}, timeout)
-        return QueueStatistics(**figures)
+        return QueueStatistics(**self._blocking("statistics_async", {"op": "statistics"}, timeout))
 
     async def statistics_async(self) -> QueueStatistics:
         """As `statistics`."""
@@ -341,6 +342,10 @@ class DataQueue(Generic[T]):
 
     def __repr__(self) -> str:
         return f"DataQueue({self._name!r})"
+
+    def __reduce__(self) -> Any:
+        """Where it arrives, it is that process's way to the queue."""
+        return _joined, (type(self), self._name, self._lease_s)
 
     # -- asking -------------------------------------------------------------------------------
 
@@ -359,9 +364,11 @@ class DataQueue(Generic[T]):
     def _wait(self, request: Request, timeout: float | None = None) -> Any:
         try:
             return request.future.result(timeout)
-        except BaseException:
+        except BaseException as error:
             if not request.future.done() or request.unclaimed() is not None:
                 self._side.withdraw(request.message, request)  # interrupted, by Ctrl-C mostly
+            if isinstance(error, Closed) and _is_left_over():
+                raise SystemExit from None  # without a word
             raise
 
     def _not_on_loop(self, twin: str) -> None:
@@ -402,6 +409,15 @@ class DataQueue(Generic[T]):
             # Another process owns it. So that this one may when that is dead:
             self._context.endpoint.retract(f"{RESERVED}queue:{self._name}")
             raise
+
+
+def _joined(kind: type[DataQueue[T]], name: str, lease_s: float | None) -> DataQueue[T]:
+    return kind(name, lease_s=lease_s)
+
+
+def _is_left_over() -> bool:
+    """Is this a daemon thread of a program that is over?"""
+    return threading.current_thread().daemon and not threading.main_thread().is_alive()
 
 
 def _control(context: Context) -> Any:

@@ -24,6 +24,7 @@ from runtime.errors import LeaseLost, PeerLostError, RuntimeFault, Timeout
 from runtime.peer.calls import Outgoing
 from runtime.peer.context import PeerAddress
 from runtime.peer.endpoint import Endpoint
+from runtime.transport.base import VisitedLink
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ Lookup = Callable[[], Awaitable[PeerAddress]]
 
 
 class _Errand:
-    """A request on its way; the waiter of its RPC. `left`: an eager put whose bytes are gone."""
+    """A request on its way; the waiter of its RPC. `bytes`: of an eager put, whose room was promised."""
 
     __slots__ = (
         "bytes",
@@ -60,7 +61,7 @@ class _Errand:
         self.side, self.request = side, request
         self.number: int = request.message["id"]
         self.items = len(request.message.get("bodies", ()))
-        self.bytes = 0
+        self.bytes: int | None = None
         self.deadline: float | None = None
         self.sent_at: float | None = None
         self.timer: asyncio.TimerHandle | None = None
@@ -84,6 +85,8 @@ class _Credit(NamedTuple):
     items: int = 0
     bytes: int = 0
     until: float = 0.0
+    enough: int = 0
+    """With fewer items, or half of the time gone, more is asked for."""
 
 
 class RemoteSide:
@@ -100,12 +103,17 @@ class RemoteSide:
         self._finding: asyncio.Task[None] | None = None
         self._errands: dict[int, _Errand] = {}
         self._credit = _Credit()
+        self._eager_items = self._eager_bytes = 0
 
     # -- from any thread ----------------------------------------------------------------------
 
     def ask(self, message: dict[str, Any], timeout: float | None = None) -> Request:
         request = Request(self, message, timeout)
-        self._on_loop(self._begin, request)
+        mailbox = self.endpoint.mailbox
+        if mailbox.on_loop_thread():
+            self._begin(request)
+        elif not mailbox.visit(self._visit, request):
+            mailbox.post(self._begin, request)
         return request
 
     def get(self, message: dict[str, Any], timeout: float | None) -> Request | dict[str, Any]:
@@ -132,18 +140,44 @@ class RemoteSide:
 
     # -- sending ------------------------------------------------------------------------------
 
+    def _visit(self, request: Request) -> bool:
+        """`_begin` on the caller's thread while the loop sleeps: two changes of thread less."""
+        owner = self._owner
+        link = self.endpoint.caller.enter(owner.peer) if owner is not None else None
+        if link is None:
+            return False
+        try:
+            self._begin(request)
+        except BaseException:  # Ctrl-C: what is half done is mended by a new link
+            self.endpoint.mailbox.post(self._interrupted, link, request)
+            raise
+        finally:
+            link.leave()
+        return True
+
+    def _interrupted(self, link: VisitedLink, request: Request) -> None:
+        link.end("a visitor was interrupted")
+        if "id" in request.message:
+            self._withdraw(request.message, request)
+
     def _begin(self, request: Request) -> None:
         message, timeout = request.message, request.timeout
         message["id"] = next(self._ids)
         errand = self._errands[message["id"]] = _Errand(self, request)
         if timeout is not None:
-            # Asking without waiting still takes the way to the owner, and finding it.
             errand.deadline = self._loop.time() + timeout
-            errand.timer = self._loop.call_later(timeout or FIND_S, self._late, errand)
         if self._owner is not None:
             self._send(errand)
         elif self._finding is None:
             self._finding = self.endpoint.spawn(self._find(), f"owner of queue {self._name}")
+        if timeout is not None and not request.future.done():
+            self._on_loop(self._arm, errand)
+
+    def _arm(self, errand: _Errand) -> None:
+        # Asking without waiting still takes the way to the owner, and finding it.
+        if errand.number in self._errands:
+            timeout = errand.request.timeout
+            errand.timer = self._loop.call_later(timeout or FIND_S, self._late, errand)
 
     def _tell(self, message: dict[str, Any]) -> None:
         """Something that nobody waits for the answer to."""
@@ -166,19 +200,21 @@ class RemoteSide:
             self._complete_eager(errand)
 
     def _use_credit(self, errand: _Errand, now: float) -> bool:
-        message, credit = errand.request.message, self._credit
-        message["credit"] = True
-        if credit.until <= now or credit.items < errand.items:
+        message = errand.request.message
+        items, size, until, enough = self._credit
+        if items < enough or until - now < CREDIT_S / 2:
+            message["credit"] = True
+        own = sum(map(len, message["bodies"]))
+        for parts in message.get("buffers", ()):
+            own += sum(map(len, parts))
+        if until <= now or items < errand.items or size < own:
             return bool(message.get("eager"))
-        size = sum(map(len, message["bodies"]))
-        for parts in message.get("buffers") or ():
-            size += sum(map(len, parts))
-        if credit.bytes < size:
-            return bool(message.get("eager"))
-        self._credit = _Credit(credit.items - errand.items, credit.bytes - size, credit.until)
-        errand.bytes = size
+        self._credit = _Credit(items - errand.items, size - own, until, enough)
+        errand.bytes = own
+        self._eager_items += errand.items
+        self._eager_bytes += own
         message["eager"] = True
-        message["timeout"] = None
+        message.pop("timeout", None)
         return True
 
     def _complete_eager(self, errand: _Errand) -> None:
@@ -187,7 +223,8 @@ class RemoteSide:
             errand.request.settle({})
         elif not errand.watched:
             errand.watched = True  # looked at once more; then its confirmation is awaited
-            self._loop.call_soon(self._complete_eager, errand)
+            if self.endpoint.mailbox.on_loop_thread():
+                self._loop.call_soon(self._complete_eager, errand)
 
     # -- finding the owner --------------------------------------------------------------------
 
@@ -253,10 +290,8 @@ class RemoteSide:
 
     def _take_credit(self, errand: _Errand, items: int, size: int) -> None:
         assert errand.sent_at is not None
-        for other in self._errands.values():
-            if other.bytes:
-                items, size = items - other.items, size - other.bytes
-        self._credit = _Credit(items, size, errand.sent_at + CREDIT_S)
+        left, until = items - self._eager_items, errand.sent_at + CREDIT_S
+        self._credit = _Credit(left, size - self._eager_bytes, until, items // 2)
 
     def _give_back(self, value: dict[str, Any]) -> None:
         first = value["lease"]
@@ -269,6 +304,9 @@ class RemoteSide:
 
     def _drop(self, errand: _Errand) -> None:
         del self._errands[errand.number]
+        if errand.bytes is not None:
+            self._eager_items -= errand.items
+            self._eager_bytes -= errand.bytes
         message = errand.request.message  # whoever keeps the future keeps this
         message.pop("bodies", None)
         message.pop("buffers", None)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime.job import ActorInfo
-from runtime.peer import gather
+from runtime.peer import context, gather
 from runtime.peer.calls import DEFAULT, CallOptions, Outgoing
 from runtime.peer.endpoint import PING, Endpoint
 from runtime.peer.feed import Feed, Source, Stream
@@ -96,3 +96,11 @@ class RoleActor:
 
     def __repr__(self) -> str:
         return f"RoleActor({self.name!r})"
+
+    def __reduce__(self) -> Any:
+        """Where it arrives, it is called from there."""
+        return RoleActor._here, (self.info, self._options)
+
+    @classmethod
+    def _here(cls, info: ActorInfo, options: CallOptions) -> RoleActor:
+        return cls(info, context.current().endpoint, options)

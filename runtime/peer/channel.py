@@ -15,7 +15,7 @@ from runtime.errors import MisuseError, PeerLostError
 from runtime.peer.calls import Outgoing
 from runtime.peer.context import PeerAddress
 from runtime.peer.flow import WINDOW_BYTES, Window
-from runtime.transport.base import Lane, Link, Record
+from runtime.transport.base import Lane, Link, Record, VisitedLink
 from runtime.wire import messages
 
 ACK_EVERY = 64
@@ -53,6 +53,7 @@ class Channel:
         "ready",
         "recovering",
         "refused",
+        "visited",
         "window",
     )
 
@@ -69,6 +70,8 @@ class Channel:
         self.peer = address.peer
         self.lane = lane
         self.link: Link | None = None
+        self.visited: VisitedLink | None = None
+        """The link, where other threads may visit it."""
         self.epoch = 0
         self._epochs = epochs
         self.ready = self.recovering = False
@@ -222,6 +225,7 @@ class Channel:
     def _open(self, awaited: Sequence[Outgoing]) -> None:
         """A new link, which goes on with the calls that are `awaited`."""
         self.link = self._connect(self.address, self.lane)
+        self.visited = self.link if isinstance(self.link, VisitedLink) else None
         self.epoch = next(self._epochs)
         self._answered.clear()
         self.link.send(messages.encode_resume(self.epoch, [call.id for call in awaited]))

@@ -207,15 +207,15 @@ class Endpoint(Service):
             raise MisuseError(f"{self._name} has not been started")
         return self._caller
 
-    def stage(self, encoded: codec.Encoded) -> codec.Encoded:
+    def stage(self, encoded: codec.Encoded, budget: str = "rpc") -> codec.Encoded:
         """From any thread: `encoded` with its large buffers copied to where peers of this host can open
-        them without another copy, if the transport has such a place. What is changed in the original
-        after this does not travel."""
+        them without another copy, if the transport has such a place with room for this `budget`. What is
+        changed in the original of those after this does not travel."""
         body, buffers = encoded
         if not any(nbytes(buffer) >= STAGED_BYTES for buffer in buffers):
             return encoded
         stage = self._transport.stage
-        return codec.Encoded(body, [stage(buffer) or buffer for buffer in buffers])
+        return codec.Encoded(body, [stage(buffer, budget) for buffer in buffers])
 
     def admit(self, names: Sequence[str], size: int, timeout: float | None = None) -> None:
         """From any thread, before `size` bytes are sent to each of `names`: wait while one of them is

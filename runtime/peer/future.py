@@ -218,11 +218,11 @@ class Future(Generic[T]):
             )
         waiter = current_waiter.get()
         if waiter is None:
-            self._block(timeout)
+            self._mailbox.outside(self._block, timeout)
             return
         waiter.wait_begins(self._calls)
         try:
-            self._block(timeout)
+            self._mailbox.outside(self._block, timeout)
         finally:
             waiter.wait_ends(self._calls)
 

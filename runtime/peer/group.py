@@ -100,6 +100,22 @@ class RoleGroup(Sequence[RoleActor]):
     def __repr__(self) -> str:
         return f"RoleGroup({self.name!r}, {len(self)} members)"
 
+    def __copy__(self) -> RoleGroup:
+        group = RoleGroup.__new__(RoleGroup)
+        vars(group).update(vars(self))
+        return group
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            key: value for key, value in vars(self).items() if key not in {"_endpoint", "_turn"}
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Where it arrives, its members are called from there."""
+        vars(self).update(state)
+        self._endpoint = context.current().endpoint
+        self._turn = itertools.count(self._endpoint.caller.sent)
+
     # -- calling all --------------------------------------------------------------------------
 
     def call(

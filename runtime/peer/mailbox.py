@@ -1,20 +1,86 @@
 """How other threads talk to the peer loop: in order, and with one wake-up for many messages.
 
-Waking a loop costs a system call, so it is done only when the mailbox was empty.
+Waking a loop costs a system call, so it is done only when the mailbox was empty. A `VisitedLoop` need not even be
+woken: while it sleeps, other threads may act in its stead.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import selectors
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from runtime.errors import Closed
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class _Doorkeeper(selectors.DefaultSelector):
+    """Leaves a door open while the loop sleeps; otherwise the loop holds it, or `waits` for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.door = threading.Lock()
+        self.door.acquire()
+        self.waits = False
+        self.visitor = 0
+        """The thread that is inside."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is not None and timeout <= 0:
+            return super().select(timeout)
+        self.door.release()
+        try:
+            return super().select(timeout)
+        finally:
+            self.waits = True
+            self.door.acquire()
+            self.waits = False
+
+    def visit(self, work: Callable[..., bool], *args: Any) -> bool:
+        """See `Mailbox.visit`."""
+        if self.waits or self.door.locked():
+            return False
+        with self.door:  # so that an interrupt cannot leave it locked
+            self.visitor = threading.get_ident()
+            try:
+                return work(*args)
+            finally:
+                self.visitor = 0
+
+
+class VisitedLoop(asyncio.SelectorEventLoop):
+    """A loop whose state other threads may use while it sleeps; see `Mailbox.visit`."""
+
+    def __init__(self) -> None:
+        self.keeper = _Doorkeeper()
+        super().__init__(self.keeper)
+
+    def outside(self, wait: Callable[..., T], *args: Any) -> T:
+        """`wait(*args)`, during which the loop goes on though this thread may be visiting it: the handlers of
+        signals run anywhere."""
+        keeper, own = self.keeper, threading.get_ident()
+        if keeper.visitor != own:
+            return wait(*args)
+        keeper.visitor = 0
+        keeper.door.release()
+        try:
+            return wait(*args)
+        finally:
+            keeper.door.acquire()
+            keeper.visitor = own
+            with contextlib.suppress(RuntimeError):  # it is closed by now
+                self.call_soon_threadsafe(_nothing)  # it sees to what the rest of the visit leaves
+
+
+def _nothing() -> None: ...
 
 
 class Mailbox:
@@ -25,6 +91,7 @@ class Mailbox:
         self._thread = threading.get_ident()
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._woken = False
+        self._visited = loop if isinstance(loop, VisitedLoop) else None
         self.delivering = False
         """Does what runs on the loop now come from another thread?"""
 
@@ -42,6 +109,19 @@ class Mailbox:
                 self.loop.call_soon_threadsafe(self._deliver)
             except RuntimeError as error:
                 raise Closed("the peer loop of this process has been closed") from error
+
+    def visit(self, work: Callable[..., bool], *args: Any) -> bool:
+        """On another thread: `work(*args)` here and now, if the loop sleeps and nothing was posted; else False.
+        It may use what is the loop's, but must neither schedule anything (`post` does) nor take long."""
+        loop = self._visited
+        return loop is not None and not self._queue and loop.keeper.visit(self._called, work, args)
+
+    def outside(self, wait: Callable[..., T], *args: Any) -> T:
+        """`wait(*args)`, which blocks this thread until the loop has done something."""
+        return wait(*args) if self._visited is None else self._visited.outside(wait, *args)
+
+    def _called(self, work: Callable[..., bool], args: tuple[Any, ...]) -> bool:
+        return not self._queue and work(*args)
 
     def _deliver(self) -> None:
         # The flag goes down first: whoever appends after this line wakes the loop again, whoever

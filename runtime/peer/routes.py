@@ -20,7 +20,7 @@ from runtime.peer.finding import FATE_S, Finder
 from runtime.peer.flow import WINDOW_BYTES, size_of
 from runtime.peer.mailbox import Mailbox
 from runtime.peer.timers import Timers
-from runtime.transport.base import Lane, Link
+from runtime.transport.base import Lane, Link, VisitedLink
 from runtime.wire import messages
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,12 @@ class Routes:
         if not route.waiting and route.task is not None:
             route.task.cancel()  # nobody wants to know any more
             route.task = None
+
+    def enter(self, peer: str) -> VisitedLink | None:
+        """On a thread that visits the loop: the link by which calls to `peer` can leave at once, entered."""
+        channel = self._channels.get(peer)
+        link = channel.visited if channel is not None and channel.ready else None
+        return link if link is not None and link.enter() else None
 
     # -- room -----------------------------------------------------------------------------------
 

@@ -171,3 +171,16 @@ def test_a_small_queue_promises_nothing() -> None:
     (answer,) = Bench(size=4).put("p", "a", credit=True)
     assert isinstance(answer, Reply)
     assert "credit" not in answer.value
+
+
+def test_who_has_not_put_for_long_is_forgotten_and_its_promised_room_is_free() -> None:
+    bench = Bench(size=100)
+    for name in ("old", "waiting"):
+        bench.put(name, "a", credit=True)
+    bench.call("waiting", "put", bodies=[b"x"] * 200)
+    bench.now = 601.0
+    bench.put("new", "a", timeout=0)
+    producers = [name for name, *_ in bench.machine.dump()["intake"]["producers"]]
+    assert producers == ["waiting/0", "new/0"]
+    bench.put("another", "a", timeout=0)  # they are not looked for each time
+    assert bench.figures()["depth"] == 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import pickle
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -52,6 +53,23 @@ async def test_plain_and_other_items_of_several_puts_come_out_of_one_get() -> No
             assert sorted(await queue.get_async(9), key=len) == sorted(
                 [b"plain", b"too", "text", b"y" * 300, bytes(100_000), b"small"], key=len
             )
+
+
+async def test_large_items_are_staged_within_the_budget_of_queues(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with _pair() as (owner, other):
+        asked: list[tuple[int, str]] = []
+
+        def stage(buffer: Any, budget: str) -> Any:
+            asked.append((len(buffer), budget))
+            return buffer  # there is no room: that is no error
+
+        for queue in (owner, other):
+            monkeypatch.setattr(queue._context.endpoint._transport, "stage", stage)
+            await queue.put_async(bytes(100_000), b"small")
+        assert await owner.get_async(4) == [bytes(100_000), b"small"] * 2
+    assert asked == [(100_000, "queue")] * 2
 
 
 async def test_an_answered_put_holds_on_to_no_item_though_its_future_is_kept() -> None:
@@ -189,3 +207,19 @@ async def test_an_owner_that_cannot_register_says_so_and_the_process_goes_on() -
             await queue.get_async()
         other.endpoint.export("echo", lambda text: text)
         assert await one.endpoint.call(other.endpoint.address, "echo", ("here",)) == "here"
+
+
+async def test_a_queue_that_is_sent_is_the_receivers_way_to_it() -> None:
+    async with cluster.running(cluster.actors(("a", 2))) as (_, (one, other)):
+        owner = _queue(one, is_master=True)
+        letter = pickle.dumps(owner)
+        loop = asyncio.get_running_loop()
+        context.install(context.Context(loop, other.endpoint, other.client, other.client))
+        try:
+            there = pickle.loads(letter)
+        finally:
+            context.install(None)
+        await there.put_async("x")
+        assert await owner.get_async() == ["x"]
+        with pytest.raises(MisuseError):
+            pickle.loads(letter)  # no job here

@@ -29,6 +29,7 @@ def _run(launch: Launch, write: Write, roles: str, **programs: str) -> list[str]
         write(f"{name}.py", "import os, signal, sys, time\nfrom runtime import DataQueue\n" + text)
     job = launch("--timeout", "60", "--job", "job.toml")
     assert job.wait(70) == 0, job.describe()
+    assert "Traceback" not in job.err
     job.assert_nothing_left()
     return _lines(job)
 
@@ -162,3 +163,84 @@ print("all once", sorted(got) == [(r, n) for r in range(3) for n in range(100)])
     assert "all once True" in lines
     totals = [int(line.split()[1]) for line in lines if line.startswith("bytes")]
     assert sum(totals) == 3 * 5 * 200_000
+
+
+def test_puts_of_many_threads_survive_that_the_main_one_is_interrupted_in_its_own(
+    launch: Launch, write: Write
+) -> None:
+    producer = """
+import itertools, threading
+queue, sure, stop, counts, armed = DataQueue("q"), [], threading.Event(), {}, False
+depths = []
+def interrupt(*_):
+    if armed:
+        depths.append(queue.qsize(20))  # in the midst of a put, mostly
+        if len(depths) % 4 == 0:
+            raise KeyboardInterrupt
+signal.signal(signal.SIGUSR1, interrupt)
+def put(name):
+    for number in itertools.count():
+        if stop.is_set():
+            break
+        queue.put((name, number), timeout=None if number % 3 else 20)
+    counts[name] = number
+def annoy():
+    for _ in range(50):
+        time.sleep(0.003)
+        os.kill(os.getpid(), signal.SIGUSR1)
+    stop.set()
+threads = [threading.Thread(target=put, args=(name,)) for name in range(3)]
+threads.append(threading.Thread(target=annoy))
+for thread in threads:
+    thread.start()
+interrupted = 0
+for number in itertools.count():
+    if stop.is_set():
+        break
+    try:
+        armed = True
+        queue.put(("main", number))
+        sure.append(number)
+        armed = False
+    except KeyboardInterrupt:
+        armed = False
+        interrupted += 1
+for thread in threads:
+    thread.join()
+print("interrupted", interrupted > 0, flush=True)
+queue.put(("end", sure, counts))
+"""
+    consumer = """
+queue, got = DataQueue("q", is_master=True, size=500), {}
+while True:
+    for name, number, *counts in queue.get(50):
+        got.setdefault(name, []).append(number)
+    if "end" in got:
+        break
+sure, main = got["end"][0], got["main"]
+print("sure", set(sure) <= set(main), main == sorted(set(main)))
+print("others", all(got[name] == list(range(count)) for name, count in counts[0].items()))
+"""
+    roles = _role("producer", "producer") + _role("consumer", "consumer")
+    lines = _run(launch, write, roles, producer=producer, consumer=consumer)
+    assert {"interrupted True", "sure True True", "others True"} <= set(lines)
+
+
+def test_threads_that_wait_in_a_queue_when_the_program_ends_do_so_without_a_word(
+    launch: Launch, write: Write
+) -> None:
+    program = """
+import threading
+queue, nobodys = DataQueue("q"), DataQueue("nobody owns it")
+for wait in (queue.get, lambda: queue.put(*range(9)), nobodys.get):
+    threading.Thread(target=wait, daemon=True).start()
+while queue.statistics().waiting_producers == 0:
+    time.sleep(0.01)
+print("ends")
+"""
+    owner = """
+queue = DataQueue("q", is_master=True, size=2)
+time.sleep(1)
+"""
+    roles = _role("owner", "owner") + _role("program", "program")
+    assert _run(launch, write, roles, owner=owner, program=program) == ["ends"]

@@ -302,11 +302,11 @@ async def test_a_plain_handler_on_the_loop_may_answer_later_and_is_not_waited_fo
 async def test_large_buffers_are_staged_where_there_is_a_place_for_them() -> None:
     async with world(a=1) as job:
         a = await job.start("a-0")
-        staged: list[int] = []
+        staged: list[tuple[int, str]] = []
 
-        def stage(buffer: Any) -> memoryview | None:
-            staged.append(len(buffer))
-            return memoryview(bytearray(buffer)) if len(staged) == 1 else None
+        def stage(buffer: Any, budget: str) -> Any:
+            staged.append((len(buffer), budget))
+            return memoryview(bytearray(buffer)) if len(staged) == 1 else buffer
 
         small = codec.encode_arguments((1, "x"))
         assert a.stage(small) is small
@@ -318,7 +318,9 @@ async def test_large_buffers_are_staged_where_there_is_a_place_for_them() -> Non
         data[0] = 1
         assert first[0] == 0, "what is changed later does not travel"
         assert second is parcel.buffers[1], "no room"
-        assert staged == [100_000, 70_000]
+        assert staged == [(100_000, "rpc"), (70_000, "rpc")]
+        a.stage(parcel, "queue")
+        assert staged[2:] == [(100_000, "queue"), (70_000, "queue")]
 
 
 async def test_what_has_not_left_for_one_peer_is_known() -> None:

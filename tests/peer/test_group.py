@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import threading
 from collections import OrderedDict
 from typing import Any
@@ -246,3 +247,14 @@ async def test_groups_reach_a_restarted_member_without_being_built_anew(job: Wor
     assert not call.done()
     await job.start("w-1", **handlers(1))
     assert await call == [0, 1, 2]
+
+
+async def test_a_group_that_is_sent_calls_its_members_from_where_it_arrived(job: World) -> None:
+    group = RoleGroup("w").options(timeout=7.0, return_exceptions=True)[1:]
+    there = pickle.loads(pickle.dumps(group))
+    assert [member.name for member in there] == ["w-1", "w-2"]
+    assert there.name == "w"
+    assert there[0].info == group[0].info
+    assert await there.call("plain", 1) == [101, 201]
+    assert "raised in w-1" in str((await there.call("odd_fails"))[0])
+    assert await pickle.loads(pickle.dumps(group[1])).call("plain", 1) == 201

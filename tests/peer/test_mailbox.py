@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from runtime.errors import Closed
 from runtime.peer.loopback import Loopback
-from runtime.peer.mailbox import Mailbox
+from runtime.peer.mailbox import Mailbox, VisitedLoop
 from runtime.transport.base import Link, Record
 
 
@@ -103,3 +106,81 @@ async def test_records_to_oneself_go_round_by_the_loop_and_are_copied() -> None:
     out.close()
     await asyncio.sleep(0)
     assert len(seen) == 3
+
+
+@pytest.fixture
+def visited() -> Iterator[Mailbox]:
+    """Of a loop that runs on a thread of its own."""
+    loop = VisitedLoop()
+    ready: concurrent.futures.Future[Mailbox] = concurrent.futures.Future()
+
+    def run() -> None:
+        loop.call_soon(lambda: ready.set_result(Mailbox(loop)))
+        loop.run_forever()
+        loop.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield ready.result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+def _come_in(mailbox: Mailbox, work: Callable[[], bool]) -> None:
+    """The loop may not have gone to sleep yet."""
+    while not mailbox.visit(work):
+        time.sleep(0.001)
+
+
+def test_a_visitor_works_on_its_own_thread_while_the_loop_sleeps(visited: Mailbox) -> None:
+    seen: list[int] = []
+    _come_in(visited, lambda: seen.append(threading.get_ident()) is None)
+    assert seen == [threading.get_ident()]
+
+
+def test_the_loop_wakes_only_after_its_visitor_has_left(visited: Mailbox) -> None:
+    seen: list[str] = []
+
+    def work() -> bool:
+        visited.post(seen.append, "loop")
+        time.sleep(0.05)
+        seen.append("visitor")
+        return True
+
+    _come_in(visited, work)
+    while len(seen) < 2:
+        time.sleep(0.001)
+    assert seen == ["visitor", "loop"]
+
+
+def test_nobody_visits_a_busy_loop_nor_overtakes_what_was_posted(visited: Mailbox) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def busy() -> None:
+        begun.set()
+        go_on.wait()
+
+    visited.post(busy)
+    begun.wait()
+    assert not visited.visit(lambda: True)
+    go_on.set()
+    _come_in(visited, lambda: True)
+    visited._queue.append((lambda: None, ()))  # posted, not delivered
+    assert not visited.visit(lambda: True)
+    visited._queue.clear()
+    _come_in(visited, lambda: True)
+
+
+def test_a_wait_within_a_visit_lets_the_loop_go_on(visited: Mailbox) -> None:
+    def work() -> bool:
+        done = threading.Event()
+        visited.post(done.set)
+        return visited.outside(done.wait, 5.0)
+
+    _come_in(visited, work)
+    _come_in(visited, lambda: True)  # and the next one finds all as it was
+
+
+async def test_other_loops_have_no_visitors() -> None:
+    mailbox = Mailbox(asyncio.get_running_loop())
+    assert not await asyncio.to_thread(mailbox.visit, lambda: True)

@@ -2,8 +2,8 @@
 
 Three parts: `same` host (a launched job; its processes find their quickest way to each other themselves)
 against a raw asyncio `Protocol` on a unix socket; between `hosts` (ZeroMQ over TCP loopback) against
-pyzmq that carries the same payload; and beside a `busy` trainer, whose main thread runs pure Python. All
-our calls have deadlines.
+pyzmq that carries the same payload, and encrypted, as in a job, against not; and beside a `busy` trainer,
+whose main thread runs pure Python. All our calls have deadlines.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bench.timing import CALLS, P50, P99
 RAW, ASYNC, PLAIN = "raw Protocol, unix socket", "await, async handler", "await, plain handler"
 JOB_ASYNC, JOB_PLAIN = "result(), async handler", "result(), plain handler"
 ZMQ, ZMQ_LOOP, TCP = "pyzmq, no loop", "pyzmq on add_reader", "await, ZeroMQ over TCP"
+CURVE = "await, ZeroMQ over TCP with CURVE"
 RAW_BUSY, BUSY = "raw Protocol, busy main thread", "await, busy main thread"
 
 
@@ -28,9 +29,9 @@ def raw(kind: str) -> dict[str, float]:
     return found
 
 
-def tcp() -> dict[str, float]:
+def tcp(kind: str) -> dict[str, float]:
     """One turn of two endpoints without a job."""
-    found: dict[str, float] = common.run_tcp_peers("small")
+    found: dict[str, float] = common.run_tcp_peers(kind)
     return found
 
 
@@ -70,10 +71,16 @@ def hosts(turns: int, ours: bool) -> Figures:
         Side(ZMQ, functools.partial(raw, "zmq")),
         Side(ZMQ_LOOP, functools.partial(raw, "zmq-loop")),
     ]
-    sides += [Side(TCP, tcp)] if ours else []
+    if ours:
+        sides += [
+            Side(TCP, functools.partial(tcp, "small")),
+            Side(CURVE, functools.partial(tcp, "small-curve")),
+        ]
     goals = [
         Goal(P50, TCP, ZMQ_LOOP, 1.5),
         Goal(P50, TCP, ZMQ),
+        Goal(P50, CURVE, TCP),
+        Goal(CALLS, CURVE, TCP, 0.8, at_least=True),
         Goal(CALLS, TCP, ZMQ, 0.5, at_least=True, absolute=40_000),
     ]
     return common.take_turns("rpc, between hosts (TCP loopback)", sides, turns, goals)

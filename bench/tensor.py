@@ -2,8 +2,11 @@
 
 Two parts: `same` host (a launched job) against memcpy of the same bytes; between `hosts` (ZeroMQ over TCP
 loopback) against `sendall` and `recv_into`. "First use" is the first call with such an array in fresh
-processes. The callee gets an array that it may read and write, and does nothing with it; in a second
-figure it reads every byte. That nobody sees what a callee writes into its array is looked at in each turn.
+processes; it also makes the link, but for the side that has made one call without an array before. "Warm" is a stream
+of calls, up to 64 MiB but no more than eight of them under way, which is what copies of the same bytes can be held
+against; "one by one" has the way there and back in each figure. The callee gets an array that it may read and write,
+and does nothing with it; in a second figure it reads every byte. That nobody sees what a callee writes into its array
+is looked at in each turn.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from bench.common import Figures, Goal, Side
 from bench.raw_bulk import FIRST, TOUCH, WARM
 
 SIZES = (1, 64, 512)
-MEMCPY, JOB = "memcpy", "await, same host"
+MEMCPY, JOB, LINKED = "memcpy", "await, same host", "await, link is up"
 KEPT, FRESH, TCP = "sendall, kept buffer", "sendall, new buffers", "await, ZeroMQ over TCP"
+CURVE = "await, ZeroMQ over TCP with CURVE"
 
 
 def raw(kind: str) -> dict[str, float]:
@@ -26,14 +30,14 @@ def raw(kind: str) -> dict[str, float]:
     return found
 
 
-def tcp(mib: int) -> dict[str, float]:
-    found: dict[str, float] = common.run_tcp_peers(str(mib))
+def tcp(kind: str) -> dict[str, float]:
+    found: dict[str, float] = common.run_tcp_peers(kind)
     return found
 
 
-def job(mib: int) -> dict[str, float]:
+def job(mib: int, what: str = "all") -> dict[str, float]:
     """One turn of a launched job."""
-    caller = common.role("driver", f"-m bench.tensor_job {mib}", driver=True)
+    caller = common.role("driver", f"-m bench.tensor_job {mib} {what}", driver=True)
     found: dict[str, float] = common.run_job(
         caller + common.role("sink", "bench.tensor_job:Sink", total=2)
     )
@@ -42,10 +46,12 @@ def job(mib: int) -> dict[str, float]:
 
 def same(mib: int, turns: int, ours: bool) -> Figures:
     sides = [Side(MEMCPY, functools.partial(raw, f"memcpy-{mib}"))]
-    sides += [Side(JOB, functools.partial(job, mib))] if ours else []
+    if ours:
+        sides += [Side(JOB, functools.partial(job, mib))]
+        sides += [Side(LINKED, functools.partial(job, mib, "first"))]
     goals = [
         Goal(WARM, JOB, MEMCPY, 0.8, at_least=True),
-        Goal(FIRST, JOB, MEMCPY, 0.5, at_least=True),
+        *(Goal(FIRST, side, MEMCPY, 0.5, at_least=True) for side in (JOB, LINKED)),
     ]
     return common.take_turns(f"argument of {mib} MiB, same host", sides, turns, goals)
 
@@ -55,8 +61,13 @@ def hosts(mib: int, turns: int, ours: bool) -> Figures:
         Side(KEPT, functools.partial(raw, f"tcp-{mib}")),
         Side(FRESH, functools.partial(raw, f"fresh-{mib}")),
     ]
-    sides += [Side(TCP, functools.partial(tcp, mib))] if ours else []
+    if ours:
+        sides += [
+            Side(TCP, functools.partial(tcp, f"{mib}")),
+            Side(CURVE, functools.partial(tcp, f"{mib}-curve")),
+        ]
     goals = [Goal(what, TCP, FRESH, 0.8, at_least=True) for what in (WARM, TOUCH)]
+    goals += [Goal(WARM, CURVE, TCP)]
     return common.take_turns(f"argument of {mib} MiB, TCP loopback", sides, turns, goals)
 
 

@@ -1,5 +1,5 @@
-"""The program of the jobs that `bench.tensor` launches: `-m bench.tensor_job MIB` is the caller, `Sink` the role
-"sink" of two members. Before it measures it looks whether views are what they should be."""
+"""The program of the jobs that `bench.tensor` launches: `-m bench.tensor_job MIB WHAT` is the caller, `Sink` the role
+"sink" of two members. "all" also looks whether views are what they should be; "first" is the first use, with a link."""
 
 from __future__ import annotations
 
@@ -52,10 +52,7 @@ class Sink:
 async def argument_figures(call: Call, size: int) -> dict[str, float]:
     """The first call with `size` bytes, then many: several in flight, and one by one."""
     arrays, times = sources(size), repetitions(size)
-    array = next(arrays)
-    began = time.perf_counter()
-    assert await call("sink", array) == size
-    found = {FIRST: size / (time.perf_counter() - began) / 1e9}
+    found = await first_use(call, next(arrays))
 
     async def one(method: str) -> float:
         array = next(arrays)
@@ -71,6 +68,12 @@ async def argument_figures(call: Call, size: int) -> dict[str, float]:
     began = time.perf_counter()
     await in_flight((call("sink", next(arrays)) for _ in range(times)), at_once)
     return found | {WARM: size * times / (time.perf_counter() - began) / 1e9}
+
+
+async def first_use(call: Call, array: Any) -> dict[str, float]:
+    began = time.perf_counter()
+    assert await call("sink", array) == len(array)
+    return {FIRST: len(array) / (time.perf_counter() - began) / 1e9}
 
 
 async def in_flight(calls: Iterable[Awaitable[Any]], at_once: int) -> None:
@@ -98,14 +101,17 @@ async def check_views(size: int) -> None:
     assert read(array) == untouched, "the producer sees what a consumer wrote"
 
 
-async def main(size: int) -> dict[str, float]:
+async def main(size: int, what: str) -> dict[str, float]:
     async with Node.from_env():
         sink = RoleGroup("sink")[0]
         await RoleGroup("sink").wait_ready_async(30)
+        if what == "first":
+            await sink.call("sink", b"")
+            return await first_use(sink.call, next(sources(size)))
         found = await argument_figures(sink.call, size)
         await check_views(size)
         return found
 
 
 if __name__ == "__main__":
-    timing.write_figures(asyncio.run(main(int(sys.argv[1]) * MIB)))
+    timing.write_figures(asyncio.run(main(int(sys.argv[1]) * MIB, sys.argv[2])))

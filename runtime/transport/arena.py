@@ -21,7 +21,7 @@ from bisect import bisect_right, insort
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from runtime.errors import WireError
 from runtime.transport.arena_pool import MAP_NORESERVE, Guard, Pool, Slot
@@ -35,10 +35,11 @@ __all__ = ["LEAST_BYTES", "Arena", "ArenaSpec"]
 LEAST_BYTES = 64 * 1024
 """Smaller buffers are not worth a handle."""
 
+_REFUSED: Final = "@B"
+"""Format of views of what a budget had no room for; to all others it is the same as "B"."""
 _HANDLE = struct.Struct("<8sIIQQ")
 _LOCK_S = 0.005
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
-_MAP_FIXED = 0x10
 _WITH_GIL_BYTES = 1024 * 1024
 """Up to that, a copy takes less than getting the interpreter lock back may."""
 _MOST_ON_WAY = 127
@@ -47,14 +48,13 @@ _MOST_HELD = 255
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Region:
-    """Pages of the data that are mapped for a view: our own slot's, or some of another one's."""
+    """What a view shows: our own slot, or pages of a slot that are mapped for it alone (`slot` None)."""
 
     address: int
     size: int
     row: int
     start: int
     slot: Slot | None
-    mapping: weakref.ref[mmap.mmap]
 
 
 class Arena:
@@ -70,7 +70,9 @@ class Arena:
         """Who we are to others who `share`: our place among the members, and which process in it."""
         self._pid = os.getpid()
         self._guard = Guard(self._take_in)
-        self._pool: Pool | None = None
+        self._pool = Pool(table, self._me, self._guard)
+        self._block = ctypes.c_char * table.data_bytes
+        """Of an address: the object whose life is that of the views there."""
         self._regions: dict[int, _Region] = {}
         self._addresses: list[int] = []
         self._closed = False
@@ -92,24 +94,28 @@ class Arena:
         """A copy of `buffer` in a slot of ours, as a writable view; the slot is ours until the view and all
         that was made of it is garbage. None: no room within `budget`, or not worth it."""
         source = memoryview(buffer)
-        if source.nbytes < LEAST_BYTES or not self._usable():
+        if source.nbytes < LEAST_BYTES or source.format == _REFUSED or not self._usable():
             return None
-        try:
-            slot = self._own().take(source.nbytes, budget)
-        except OSError:  # the process may not map so much
-            return None
+        slot = self._pool.take(source.nbytes, budget)
         if slot is None:
             return None
+        copied = False
         try:
-            with _pointer(source) as address:
-                self._copy(address, slot.start, source)
-            return self._view(slot.row, slot.start, source.nbytes, slot)
-        except BaseException as error:
-            with self._guard:
-                self._own().drop(slot)
-            if isinstance(error, OSError):  # no more mappings to be had
-                return None
-            raise
+            copied = self._copy(slot, source)
+        finally:
+            if not copied:
+                with self._guard:
+                    self._pool.drop(slot)
+        if not copied:
+            return None
+        region = _Region(self._pool.base + slot.start, slot.size, slot.row, slot.start, slot)
+        return self._view(region)[: source.nbytes]
+
+    def staged(self, buffer: Buffer, budget: str) -> Buffer:
+        """As `stage`. Without room the buffer itself, marked: it is not staged later, under another budget."""
+        if memoryview(buffer).nbytes < LEAST_BYTES:
+            return buffer
+        return self.stage(buffer, budget) or memoryview(buffer).cast("B").cast(_REFUSED)
 
     def share(self, buffer: Buffer, member: int) -> bytes | None:
         """A handle by which that member (its `index`) can open the bytes of `buffer`, once. Buffers that are
@@ -149,7 +155,7 @@ class Arena:
         ours, or older than what is there now."""
         row, start, length = self._receive(handle)
         try:
-            return self._view(row, start, length)
+            return self._map(row, start, length)
         except OSError:  # the process may have no more mappings: it gets a copy
             try:
                 return self._read(start, length)
@@ -167,8 +173,7 @@ class Arena:
         """No more handles or slots. What was opened stays readable; what others hold, they hold."""
         if not self._closed and os.getpid() == self._pid:
             self._closed = True
-            if self._pool is not None:
-                self._pool.close()
+            self._pool.close()
 
     # -- parts --------------------------------------------------------------------------------
 
@@ -183,45 +188,42 @@ class Arena:
             return False
         return True
 
-    def _own(self) -> Pool:
-        if self._pool is None:
-            with self._guard:
-                self._pool = self._pool or Pool(self._table, self._me, self._guard)
-        return self._pool
-
-    def _copy(self, address: int, start: int, source: memoryview) -> None:
-        pool, size = self._own(), source.nbytes
+    def _copy(self, slot: Slot, source: memoryview) -> bool:
+        """False: there is no memory."""
+        pool, start, size = self._pool, slot.start, source.nbytes
         if size <= _WITH_GIL_BYTES:
             flat = source if source.format == "B" and source.ndim == 1 else source.cast("B")
+            if slot.bare < slot.end:
+                return pool.write(slot, flat)
             pool.data[start : start + size] = flat
-            return
-        pool.touch(start, size)
-        ctypes.memmove(
-            pool.base + start, address, size
-        )  # in one go: the interpreter lock is got once
+            return True
+        if slot.bare < slot.end and not pool.back(slot):
+            return False
+        with _pointer(source) as address:  # in one go: the interpreter lock is got once
+            ctypes.memmove(pool.base + start, address, size)
+        return True
 
-    def _view(self, row: int, start: int, length: int, slot: Slot | None = None) -> memoryview:
-        """Map the pages from `start` on. A mapping of its own, so that its end is the end of the view."""
+    def _map(self, row: int, start: int, length: int) -> memoryview:
+        """A private view. Raises `OSError`."""
         first = start - start % PAGE
         size = start + length - first
-        kind = mmap.MAP_SHARED if slot is not None else mmap.MAP_PRIVATE
-        # `mmap` would keep a file descriptor of its own for each view: so it gets mere addresses, and
-        # the pages are put there.
-        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        flags = kind | MAP_NORESERVE | _MAP_FIXED
+        flags = mmap.MAP_PRIVATE | MAP_NORESERVE
         at = self._table.data_start + first
-        if _mmap(address, size, _READ_WRITE, flags, self._table.fd, at) != address:
+        address = _libc.mmap(None, size, _READ_WRITE, flags, self._table.fd, at)
+        if address == _MAP_FAILED:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
-        region = _Region(address, size, row, first, slot, weakref.ref(mapping))
+        view = self._view(_Region(address, size, row, first, None))
+        return view[start - first : start - first + length]
+
+    def _view(self, region: _Region) -> memoryview:
+        """From the region's address on; what is made of it keeps the region."""
+        block = self._block.from_address(region.address)
         with self._guard:
-            # One that was here may not have been taken in: it is unmapped before that.
-            if address not in self._regions:
-                insort(self._addresses, address)
-            self._regions[address] = region
-        weakref.finalize(mapping, self._dropped, region).atexit = False
-        return memoryview(mapping)[start - first : start - first + length]
+            insort(self._addresses, region.address)
+            self._regions[region.address] = region
+        weakref.finalize(block, self._dropped, region).atexit = False
+        return memoryview(block).cast("B")
 
     def _read(self, start: int, length: int) -> memoryview:
         copy = memoryview(bytearray(length))
@@ -238,8 +240,6 @@ class Arena:
             place = bisect_right(self._addresses, address) - 1
             region = self._regions[self._addresses[place]] if place >= 0 else None
         if region is None or address + size > region.address + region.size:
-            return None
-        if region.mapping() is None:  # unmapped: something else is there now
             return None
         if region.slot is None and _written_to(address, size):
             return None
@@ -299,18 +299,21 @@ class Arena:
             self._guard.drop(region)
 
     def _take_in(self, region: _Region) -> None:
-        if self._regions.get(region.address) is region:
-            del self._regions[region.address]
-            self._addresses.pop(bisect_right(self._addresses, region.address) - 1)
-        if region.slot is None:
-            self._count_off(region.row)
-        elif self._pool is not None:
+        del self._regions[region.address]
+        self._addresses.pop(bisect_right(self._addresses, region.address) - 1)
+        if region.slot is not None:
             self._pool.drop(region.slot)
+        else:
+            _libc.munmap(region.address, region.size)
+            self._count_off(region.row)
 
 
-_mmap = ctypes.PyDLL(None, use_errno=True).mmap  # keeps the interpreter lock: it is a short call
-_mmap.restype = ctypes.c_void_p
-_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+# Python's own `mmap` would keep a file descriptor for each view. These keep the interpreter lock: they are short.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_size_t
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+_MAP_FAILED = ctypes.c_size_t(-1).value
 
 
 def _stale(detail: str) -> NoReturn:

@@ -1,23 +1,24 @@
 """The part of an arena's data that this process owns: slots in extents that it takes and gives back.
 
-Extents are taken when nothing that is owned has room, and their memory is asked for then, so that a lack of it
-is an answer and no signal. They are given back when they have not been needed for some seconds, and soon
-after another member has found no room. A thread does that, and touches new extents ahead of the copy that
-they were taken for; it runs only while extents are owned.
+Extents are taken when nothing that is owned has room. Their memory is asked for slot by slot, before anything
+touches it, so that a lack of it is an answer and no signal. They are given back when they have not been needed for
+some seconds, and soon after another member has found no room. A thread does that, and helps to touch the new
+memory of large slots; it sleeps while no extents are owned.
 
 What is written into slots and who is told of them is decided in `arena.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import heapq
 import mmap
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from queue import Empty, SimpleQueue
 from typing import Generic, NamedTuple, TypeVar
 
 from runtime.transport.arena_table import BUDGETS, EXTENT, FREE, PAGE, USED, Table
@@ -27,8 +28,10 @@ T = TypeVar("T")
 
 MAP_NORESERVE = 0x4000  # `mmap` has no name for it
 _POPULATE_WRITE = 23
-_PIECE = 16 * 1024 * 1024
+_PIECE = 2 * 1024 * 1024
 """Touched at once: the process can map nothing else meanwhile."""
+_PIECES_ALONE = 4
+"""For more, the thread helps."""
 _LOCK_S = 0.005
 _TICK_S = 1.0
 _IDLE_S = 5.0
@@ -74,14 +77,18 @@ class Guard(Generic[T]):
 
 
 class Slot(NamedTuple):
-    """One row of ours with its data: `start` and `size` are whole pages. `claimed`: the extents from there on
-    were taken for it, and have no memory yet."""
+    """One row of ours with its data: `start` and `size` are whole pages. `bare`: from there on it has had no
+    memory yet, its end if it had."""
 
     row: int
     start: int
     size: int
     budget: int
-    claimed: bool = False
+    bare: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size
 
 
 class Pool:
@@ -98,53 +105,73 @@ class Pool:
         self.data = memoryview(self._map)
         self.base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._ranges = Ranges()
-        self._rows: list[int] = []
         self._waiting: dict[int, Slot] = {}
-        self._cold: set[int] = set()
+        self._bare: dict[int, int] = {}
+        """Extents of ours that lack memory, and from where on: below that they have it, or a slot gets it."""
+        self._untouched: deque[tuple[int, int]] = deque()
+        """Starts and sizes of new memory that somebody is just touching, from the first on."""
         self._touched = -1
         """The extent that the thread is just touching."""
-        self._populates = True
         self._peak = 0
         self._peak_since = time.monotonic()
         self._wishes = table.wishes[0]
-        self._wake = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._ticks = False
+        """The thread looks for what can be given back: from the first slot that is dropped until nothing is owned."""
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        """For the thread. Finalizers may put into it wherever they run, under its own lock, too."""
         self._closed = False
+        # From the start: it takes longer to start than the copy of a megabyte does.
+        self._thread = threading.Thread(target=self._tend, name="arena", daemon=True)
+        self._thread.start()
 
     def take(self, size: int, budget: str) -> Slot | None:
-        """Room for `size` bytes, or None. May have to ask the system for memory: not for the event loop
-        where `size` is large."""
+        """Room for `size` bytes, or None. What is `bare` of it needs `write` or `back` first of all."""
         size = -(-size // PAGE) * PAGE
         wishes = self._wishes
         slot = self._reserve(size, budget)
         if slot is None and wishes != self._wishes and self._give_back(0):
             # What is free here in pieces may be in a row with what others have given back.
             slot = self._reserve(size, budget)
-        if slot is None or (slot.claimed and not self._back(slot)):
-            return None
         return slot
 
     def drop(self, slot: Slot) -> None:
         """Its view is gone: free once nobody else holds it. Under the guard."""
+        if not self._ticks:
+            self._ticks = True
+            self._wake.put(None)
         if self._table.held(slot.row):
             self._waiting[slot.row] = slot
         else:
             self._free(slot)
 
-    def touch(self, start: int, size: int) -> None:
-        """Have the system map those of these pages now that are new: quicker than one by one."""
-        end = start + size
-        while start < end and self._populates:
-            part = min(_PIECE, end - start)
-            extents = range(start // EXTENT, (start + part - 1) // EXTENT + 1)
-            if not self._cold.isdisjoint(extents):
-                self._populates = _libc.madvise(self.base + start, part, _POPULATE_WRITE) == 0
-            start += part
+    def write(self, slot: Slot, data: memoryview) -> bool:
+        """Copy into a slot that lacks memory, which the system finds meanwhile. False: there is none."""
+        at = self._table.data_start + slot.start
+        return self._ask(slot, lambda: os.pwrite(self._table.fd, data, at), data.nbytes)
+
+    def back(self, slot: Slot) -> bool:
+        """Get the memory that a large slot lacks, and have the system map it: two threads do so from both ends,
+        quicker than page by page. False: there is none."""
+        at, size = self._table.data_start + slot.bare, slot.end - slot.bare
+        if not self._ask(slot, lambda: os.posix_fallocate(self._table.fd, at, size), None):
+            return False
+        starts = range(slot.bare, slot.end, _PIECE)
+        pieces = deque((start, min(_PIECE, slot.end - start)) for start in starts)
+        if len(pieces) > _PIECES_ALONE:
+            self._untouched = pieces
+            self._wake.put(None)
+        try:
+            while pieces:
+                with contextlib.suppress(IndexError):  # the thread was quicker
+                    self._populate(*pieces.popleft())
+        finally:
+            pieces.clear()
+        return True
 
     def close(self) -> None:
         """No more slots; the thread ends soon."""
         self._closed = True
-        self._wake.set()
+        self._wake.put(None)
 
     # -- slots, under the guard ---------------------------------------------------------------
 
@@ -162,13 +189,11 @@ class Pool:
             start = self._ranges.take(size)
             if start is None and self._sweep(len(self._waiting)):
                 start = self._ranges.take(size)
-            claimed = start is None
             if start is None:
-                start = self._claim(-(-size // EXTENT))
+                start = self._claim(-(-size // EXTENT), size)
             if start is None:
-                heapq.heappush(self._rows, row)
                 return None
-            slot = Slot(row, start, size, kind, claimed)
+            slot = Slot(row, start, size, kind, self._clothe(start, start + size))
             self._account(slot, size)
             table.start[row], table.length[row] = start, size
             table.generation[row] = (table.generation[row] + 1) & 0xFFFFFFFF
@@ -177,15 +202,12 @@ class Pool:
 
     def _row(self) -> int | None:
         table, slots = self._table, self._table.shape.slots
-        if not self._rows:
-            first = self._me * slots
-            states = bytes(table.state[first : first + slots])
-            self._rows = [first + n for n, state in enumerate(states) if state == FREE]
-        if not self._rows:
+        first = self._me * slots
+        place = bytes(table.state[first : first + slots]).find(FREE)
+        if place < 0:
             return None
-        row = heapq.heappop(self._rows)
-        table.high[self._me] = max(table.high[self._me], row % slots + 1)
-        return row
+        table.high[self._me] = max(table.high[self._me], place + 1)
+        return first + place
 
     def _account(self, slot: Slot, size: int) -> None:
         self._table.used[self._me * len(BUDGETS) + slot.budget] += size
@@ -207,44 +229,51 @@ class Pool:
         self._table.state[slot.row] = FREE
         self._account(slot, -slot.size)
         self._ranges.add(slot.start, slot.size)
-        heapq.heappush(self._rows, slot.row)
 
     # -- extents ------------------------------------------------------------------------------
 
-    def _claim(self, number: int) -> int | None:
-        """Own that many more extents in a row: where they start, or None. Under the guard."""
+    def _claim(self, number: int, size: int) -> int | None:
+        """Own that many more extents in a row, `size` bytes of which are used at once: where they start, or
+        None. Under the guard."""
         table = self._table
         with table.lock(_LOCK_S) as locked:
             first = bytes(table.owner).find(bytes(number)) if locked else -1
             if first >= 0:
                 table.owner[first : first + number] = bytes((self._me + 1,)) * number
-                return first * EXTENT
+                start = first * EXTENT
+                self._bare.update((e, e * EXTENT) for e in range(first, first + number))
+                if rest := number * EXTENT - size:
+                    self._ranges.add(start + size, rest)
+                return start
         table.wishes[0] = self._wishes = (table.wishes[0] + 1) & 0xFFFFFFFF
         return None
 
-    def _back(self, slot: Slot) -> bool:
-        """Get the memory of the extents that were claimed for a slot. False: there is none, all is undone."""
-        table, first = self._table, slot.start // EXTENT
-        number = -(-slot.size // EXTENT)
-        backed = False
+    def _clothe(self, start: int, end: int) -> int:
+        """A slot takes these bytes and sees to their memory: from where on they lack it. Under the guard."""
+        bare = end
+        for extent in _extents(start, end) if self._bare else ():
+            if (mark := self._bare.get(extent, end)) < end:
+                bare = min(bare, max(mark, start))
+                if end >= (extent + 1) * EXTENT and start <= mark:
+                    del self._bare[extent]
+                elif start <= mark:  # else what is between stays without
+                    self._bare[extent] = end
+        return bare
+
+    def _ask(self, slot: Slot, system: Callable[[], object], answer: object) -> bool:
+        """Do what gets a slot its memory. Without that answer the slot's extents lack it still."""
+        got = False
         try:
-            os.posix_fallocate(table.fd, table.data_start + slot.start, number * EXTENT)
-            backed = True
-        except OSError:  # none left here or in our cgroup, or interrupted
+            got = system() == answer
+        except OSError:  # none left here or in our cgroup
             pass
         finally:
-            with self._guard:
-                if rest := number * EXTENT - slot.size:
-                    self._ranges.add(slot.start + slot.size, rest)
-                if backed:
-                    self._cold.update(range(first, first + number))
-                    self._tend_soon()
-                else:
-                    self._free(slot)
-                    self._ranges.remove(slot.start, number * EXTENT)
-            if not backed:
-                self._release(range(first, first + number))
-        return backed
+            if not got:
+                with self._guard:
+                    for extent in _extents(slot.bare, slot.end):
+                        mark = self._bare.get(extent, slot.end)
+                        self._bare[extent] = min(mark, max(slot.bare, extent * EXTENT))
+        return got
 
     def _give_back(self, above: int) -> bool:
         """Give back the extents from that address on in which nothing is."""
@@ -254,7 +283,6 @@ class Pool:
             extent = owners.find(mine, -(-above // EXTENT))
             while extent >= 0:
                 if extent != self._touched and self._ranges.remove(extent * EXTENT, EXTENT):
-                    self._cold.discard(extent)
                     given.append(extent)
                 extent = owners.find(mine, extent + 1)
         self._release(given)
@@ -267,41 +295,38 @@ class Pool:
 
     # -- the thread ---------------------------------------------------------------------------
 
-    def _tend_soon(self) -> None:
-        if self._thread is None and not self._closed:
-            self._thread = threading.Thread(target=self._tend, name="arena", daemon=True)
-            self._thread.start()
-        self._wake.set()
-
     def _tend(self) -> None:
-        while True:
-            self._wake.wait(_TICK_S)
-            self._wake.clear()
+        while not self._closed:
+            woken = False
+            with contextlib.suppress(Empty):
+                self._wake.get(timeout=_TICK_S if self._ticks else None)
+                woken = True
             while self._touch_last():
                 pass
+            if not woken:
+                with self._guard:
+                    self._sweep(len(self._waiting))
+                self._give_back_idle()
             with self._guard:
-                self._sweep(len(self._waiting))
-            self._give_back_idle()
-            with self._guard:
-                if self._closed or bytes(self._table.owner).find(self._me + 1) < 0:
-                    self._thread = None
-                    return
+                self._ticks = bytes(self._table.owner).find(self._me + 1) >= 0
 
     def _touch_last(self) -> bool:
-        """Touch the last of the new extents, while a copy goes on from the first."""
         with self._guard:
-            extent = max(self._cold, default=-1) if self._populates and not self._closed else -1
-            self._touched = extent
-        if extent < 0:
-            return False
-        self.touch(extent * EXTENT, EXTENT)
-        with self._guard:
-            self._touched = -1
-            self._cold.discard(extent)
-        return True
+            piece = self._untouched.pop() if self._untouched else None
+            self._touched = piece[0] // EXTENT if piece else -1
+        if piece:
+            self._populate(*piece)
+        return piece is not None
+
+    def _populate(self, start: int, size: int) -> None:
+        _libc.madvise(self.base + start, size, _POPULATE_WRITE)  # before Linux 5.14 it does nothing
 
     def _give_back_idle(self) -> None:
         wished, self._wishes = self._wishes != self._table.wishes[0], self._table.wishes[0]
         if wished or time.monotonic() - self._peak_since > _IDLE_S:
             self._give_back(0 if wished else self._peak)
             self._peak, self._peak_since = 0, time.monotonic()
+
+
+def _extents(start: int, end: int) -> range:
+    return range(start // EXTENT, -(-end // EXTENT))

@@ -3,7 +3,7 @@
 One memfd holds it all: this table, then the data, which is a pool of extents. The agent makes the file; a
 process opens it through the agent's entry in /proc when it first needs it, so each has a lock of its own on it
 and nobody inherits anything. `create` and `Table` are for both sides; what workers do with it is in `arena.py`,
-what the agent does when one of them dies in `keeper.py`.
+what the agent does when one of them dies in `arena_keeper.py`.
 
 A *row* is one slot of data, owned by one member. For each member of the host a row has a *cell* of four
 bytes, in four arrays. `sent` counts the handles that were sent to the member, `opened` those that it opened

@@ -10,7 +10,7 @@ What records mean is decided by `peer/`; this package moves them, and says when 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from runtime.wire.frames import Buffer as Buffer
 from runtime.wire.frames import Record as Record
@@ -56,6 +56,23 @@ class Link(Protocol):
 
     def close(self) -> None:
         """Flush what is queued (bounded by the transport's linger) and end the link."""
+        ...
+
+
+@runtime_checkable
+class VisitedLink(Link, Protocol):
+    """A link by which other threads may send in the sleeping loop's stead (`Mailbox.visit`)."""
+
+    def enter(self) -> bool:
+        """Before that. False: records would not leave at once, so it is the loop's to send them."""
+        ...
+
+    def leave(self) -> None:
+        """After that."""
+        ...
+
+    def end(self, reason: str) -> None:
+        """The link is lost. On the loop."""
         ...
 
 
@@ -107,9 +124,10 @@ class Transport(Protocol):
         that are sent before it is up wait. A peer that cannot be reached is a `link_lost`."""
         ...
 
-    def stage(self, buffer: Buffer) -> memoryview | None:
+    def stage(self, buffer: Buffer, budget: str = "rpc") -> Buffer:
         """From any thread: a copy of `buffer` in memory that peers of this host can open without another
-        copy; None where there is no such memory, or no room in it. Sent like any other buffer."""
+        copy. Where there is none, or no room in the part of it that `budget` may have ("rpc", "queue" or
+        "checkpoint"): the buffer, which then travels as it is."""
         ...
 
     async def close(self, linger: float = 1.0) -> None:

@@ -38,11 +38,12 @@ class Copier:
 
     def __init__(self, arena: Arena, name: str) -> None:
         self._arena = arena
+        self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, name)
 
     def copies(self, record: Record) -> _Copies:
         """Of the record's buffers that are large and not in the arena yet, by their places."""
-        loop, arena = asyncio.get_running_loop(), self._arena
+        loop, arena = self._loop, self._arena
         return {
             index: loop.run_in_executor(self._thread, arena.stage, buffer)
             for index, buffer in enumerate(record.buffers)

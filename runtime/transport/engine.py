@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from runtime.errors import WireError
+from runtime.transport.address import Address
 from runtime.transport.base import Lane, Receiver, Record
 from runtime.transport.link import SocketLink, SocketSettings
 from runtime.wire import frames
@@ -30,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 _CARRIERS = frozenset({frames.DATA, frames.LOOSE, frames.SPLIT, frames.PIECE})
 _NUDGE_S = 0.002
+_SILENT_S = 60.0
 
 
 class Hub:
@@ -40,7 +42,7 @@ class Hub:
         peer: str,
         settings: SocketSettings,
         receiver: Receiver,
-        dial: Callable[[str, str, Lane], SocketLink],
+        dial: Callable[[str, Address, Lane], SocketLink],
     ) -> None:
         self.peer = peer
         self.dial = dial
@@ -49,14 +51,33 @@ class Hub:
         self.lost = receiver.link_lost
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
+        self._silent_until: dict[str, float] = {}
+        self.refused = 0
+        """Connections that are about to end for their key, and are counted."""
         self.gone = asyncio.Event()
         """Set whenever a link has ended."""
 
     def count_rejected(self, who: str, error: WireError) -> None:
+        """Logged once a minute for each reason."""
         self.rejected[error.reason] += 1
-        if self.rejected[error.reason] == 1:
-            text = "%s: dropped the connection of %s: %s (others like it are only counted)"
-            _log.warning(text, self.peer, who, error)
+        now = asyncio.get_running_loop().time()
+        if now >= self._silent_until.get(error.reason, now):
+            self._silent_until[error.reason] = now + _SILENT_S
+            text = "%s: dropped the connection of %s: %s (%d like it so far; logged once a minute)"
+            _log.warning(text, self.peer, who, error, self.rejected[error.reason])
+
+    def refuse(self, source: str) -> None:
+        """Somebody at that IP address has a key that is not allowed."""
+        self.refused += 1
+        self.count_rejected(source, WireError("unknown key", "it is not one of this job's"))
+
+    def count_silent(self, endpoint: str) -> None:
+        """A connection has ended that never said who it is."""
+        if self.refused:
+            self.refused -= 1
+        else:
+            error = WireError("no handshake", "it did not, or could not, say who it is")
+            self.count_rejected(f"a stranger who came to {endpoint}", error)
 
 
 class Engine(ABC):

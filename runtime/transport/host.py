@@ -13,7 +13,7 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from runtime.transport.address import local_path, parse
+from runtime.transport.address import local_path, parse_all
 from runtime.transport.base import Buffer, Lane, Link, Receiver, Record, TransportStatistics
 from runtime.transport.link import SocketLink, SocketSettings
 from runtime.transport.local import LocalTransport
@@ -38,10 +38,11 @@ class HostTransport:
         arena: Arena | None = None,
         settings: SocketSettings | None = None,
     ) -> None:
-        """`local`: use the local lane where there is one. `arena` is closed with the transport."""
+        """`address`: as `SocketTransport`'s. `local`: use the local lane where there is one. `arena` is closed with
+        the transport."""
         self._sockets = SocketTransport(peer, address, settings)
-        usable = local and local_path(parse(address)) is not None
-        self._local = LocalTransport(peer, address, arena, settings) if usable else None
+        lanes = [str(own) for own in parse_all(address) if local and local_path(own) is not None]
+        self._local = LocalTransport(peer, lanes[0], arena, settings) if lanes else None
         self._arena = arena
         self._receiver: Receiver
         self._by_zmq: set[str] = set()
@@ -70,14 +71,14 @@ class HostTransport:
 
     def connect(self, peer: str, address: str, lane: Lane = Lane.RPC) -> Link:
         if lane is Lane.RPC and self._local is not None and peer not in self._by_zmq:
-            link = self._local.reach(peer, parse(address), lane)
+            link = self._local.reach(peer, self._sockets.way_to(address), lane)
             if link is not None:
                 return link
         other = self._sockets.connect(peer, address, lane)
         return self._stands_in.get(other, other)
 
-    def stage(self, buffer: Buffer) -> memoryview | None:
-        return self._local.stage(buffer) if self._local is not None else None
+    def stage(self, buffer: Buffer, budget: str = "rpc") -> Buffer:
+        return self._local.stage(buffer, budget) if self._local is not None else buffer
 
     def owner_of(self, link: Link) -> Link:
         """What our receiver knows a link of ZeroMQ as."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from runtime.errors import MisuseError, WireError
+from runtime.transport.address import Address
 from runtime.transport.base import Lane, Record
 from runtime.transport.bulk import Arrivals, Departures, split
 from runtime.transport.outbox import Outbox
+from runtime.transport.security import Security
 from runtime.wire import frames
 
 if TYPE_CHECKING:
@@ -44,6 +47,14 @@ class SocketSettings:
     unread_messages: int = 16
     """Messages that ZeroMQ holds per link until we take them."""
     limits: frames.Limits = frames.LIMITS
+    security: Security | None = None
+    """Keys for tcp://, which nothing goes over unencrypted; None: this process has no tcp:// links."""
+    accept_from: tuple[str, ...] = ()
+    """IP addresses that tcp:// connections are taken from, others are closed unread; empty: from everywhere."""
+    ports: tuple[int, int] | None = None
+    """Lowest and highest port that stand for tcp port 0; None: any that the kernel has."""
+    insecure: bool = False
+    """Allow tcp:// without keys. For measurements."""
 
 
 class Tracker(Protocol):
@@ -55,11 +66,31 @@ class Tracker(Protocol):
         ...
 
 
-class SocketLink:
+class Timed:
+    """What a link of any kind waits for."""
+
+    timer: asyncio.TimerHandle | None = None
+
+    def expect(self, seconds: float, late: Callable[[], None], steps: int = 4) -> None:
+        """Call `late` unless the timer is stopped by then. A loop that is busy all the while has not looked: so in
+        steps."""
+        if steps == 0:
+            late()
+        else:
+            loop = asyncio.get_running_loop()
+            self.timer = loop.call_later(seconds / 4, self.expect, seconds, late, steps - 1)
+
+    def stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+
+class SocketLink(Timed):
     """One end of a link. Implements `base.Link`."""
 
     def __init__(
-        self, router: Router, peer: str, route: bytes, lane: Lane, endpoint: str | None = None
+        self, router: Router, peer: str, route: bytes, lane: Lane, endpoint: Address | None = None
     ) -> None:
         settings = router.settings
         self.peer = peer
@@ -67,6 +98,8 @@ class SocketLink:
         self.outbound = endpoint is not None
         self.route = route
         self.endpoint = endpoint
+        self.where = endpoint.endpoint if endpoint is not None else ""
+        """Where it leads to, as ZeroMQ and messages say it."""
         self.router = router
         self.up = endpoint is None
         """Both sides know each other: records may flow."""
@@ -78,7 +111,6 @@ class SocketLink:
         self.flushed = False
         """ZeroMQ has all of it, and is to be given time to write it."""
         self.fd = -1
-        self.timer: asyncio.TimerHandle | None = None
         self.unsent = 0
         """Bytes of large buffers that ZeroMQ still holds."""
         self.trackers: deque[tuple[Tracker, int]] = deque()
@@ -182,8 +214,3 @@ class SocketLink:
     def forget_queued(self) -> None:
         for queue in (self.outbox, self.loose, self.departures):
             queue.clear()
-
-    def stop_timer(self) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None

@@ -101,8 +101,8 @@ class LocalTransport:
             self._greet(link, made)
         return link
 
-    def stage(self, buffer: Buffer) -> memoryview | None:
-        return self._arena.stage(buffer) if self._arena is not None else None
+    def stage(self, buffer: Buffer, budget: str = "rpc") -> Buffer:
+        return self._arena.staged(buffer, budget) if self._arena is not None else buffer
 
     def _running(self) -> LocalHub:
         if self._closed:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from runtime.errors import MisuseError, WireError
 from runtime.transport.base import Buffer, Lane, Link, Receiver, Record
 from runtime.transport.copying import Copier, Entry, Handles, Waiting
-from runtime.transport.link import SocketSettings
+from runtime.transport.link import SocketSettings, Timed
 from runtime.transport.outbox import Outbox
 from runtime.transport.pipe import MAX_DESCRIPTORS, Pipe
 from runtime.transport.stream import PREFIX, Decoder, encode, new_space
@@ -53,6 +53,8 @@ class LocalHub:
         self.linger_s = settings.linger_s
         self.space = new_space()
         self.loop = asyncio.get_running_loop()
+        self.visited = False
+        """Another thread sends while the loop sleeps: it leaves at once, and nothing is scheduled."""
         self.corked = False
         """Records wait for the end of this pass, or until what came in is dealt with."""
         self.dirty: list[LocalLink] = []
@@ -60,6 +62,8 @@ class LocalHub:
 
     def cork(self) -> None:
         """Records after this one leave together, at the end of this pass."""
+        if self.visited:
+            return
         self.corked = self._corked_for_pass = True
         self.loop.call_soon(self._uncork)
 
@@ -85,7 +89,7 @@ class LocalHub:
         link.end(f"broke the protocol: {error}")
 
 
-class LocalLink:
+class LocalLink(Timed):
     """One end of a link. Implements `base.Link`."""
 
     def __init__(self, hub: LocalHub, peer: str, lane: Lane, endpoint: str | None) -> None:
@@ -99,7 +103,6 @@ class LocalLink:
         self.ended = False
         self.closing = False
         self.dirty = False
-        self.timer: asyncio.TimerHandle | None = None
         self.pipe: Pipe | None = None
         self.divertible = self.outbound
         """What waits here may go another way."""
@@ -137,6 +140,17 @@ class LocalLink:
         counts["messages_out"] += 1
         counts["records_out"] += 1
         counts["bytes_out"] += size
+
+    def enter(self) -> bool:
+        """See `base.VisitedLink`."""
+        pipe, hub = self.pipe, self._hub
+        idle = self.up and pipe is not None and not pipe.unsent and not hub.corked
+        hub.visited = idle and self._usual and not self._outbox.queued and not self._waiting.queued
+        return hub.visited
+
+    def leave(self) -> None:
+        """See `base.VisitedLink`."""
+        self._hub.visited = False
 
     def send_descriptors(self, record: Record, descriptors: Sequence[int]) -> None:
         """Send a record, and file descriptors with it, which the other end has from `take_descriptors`. They are
@@ -287,15 +301,6 @@ class LocalLink:
 
     # life
 
-    def expect(self, seconds: float, late: Callable[[], None], steps: int = 4) -> None:
-        """Call `late` unless the link is up by then. A loop that is busy all the while has not looked: so in steps."""
-        if steps == 0:
-            late()
-        else:
-            self.timer = self._hub.loop.call_later(
-                seconds / 4, self.expect, seconds, late, steps - 1
-            )
-
     def set_up(self, member: int | None) -> None:
         """The other end has said who it is, and what it is called in the arena."""
         self.up, self.divertible, self._handles.member = True, False, member
@@ -381,11 +386,6 @@ class LocalLink:
                 os.close(number)
         self._with_descriptors.clear()
         self._outbox.clear()
-
-    def stop_timer(self) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
 
 
 def _size(record: Record, link: LocalLink) -> int:

@@ -53,7 +53,3 @@ class Ranges:
         if start + size < end:
             self.add(start + size, end - start - size)
         return True
-
-    def total(self) -> int:
-        """How much is free."""
-        return sum(self._ends) - sum(self._starts)

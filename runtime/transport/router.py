@@ -18,10 +18,12 @@ as something is to be sent or was announced. Mates end together: the receiver he
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from runtime.errors import WireError
+from runtime.transport.address import Address
 from runtime.transport.base import Lane
 from runtime.transport.engine import Engine, Hub
 from runtime.transport.link import SocketLink
@@ -72,14 +74,11 @@ class Router(Engine):
             self.deliver(link, link.arriving().behind(batch.records))
 
     def reject(self, link: SocketLink | None, route: bytes, error: WireError) -> None:
-        self.hub.count_rejected(link.peer if link else repr(route), error)
+        assert link is not None, "messages of strangers are not looked at"
+        self.hub.count_rejected(link.peer, error)
         self.say(route, frames.BYE, str(error))
-        if link is None:
-            self.links[route] = None
-            self.bind_fd(route, self.socket.descriptor())
-        else:
-            link.flushed = True
-            self.end(link, f"broke the protocol: {error}")
+        link.flushed = True
+        self.end(link, f"broke the protocol: {error}")
 
     def _said_bye(self, link: SocketLink, batch: frames.Batch) -> None:
         if batch.kind != frames.BYE:
@@ -118,7 +117,8 @@ class Router(Engine):
     def ensure_mate(self, link: SocketLink) -> None:
         """Large buffers are to be sent or were announced: see that there is a bulk link, and that it sends."""
         if link.mate is None and link.outbound and link.up:
-            link.join(self.hub.dial(link.peer, link.endpoint or "", Lane.BULK))
+            assert link.endpoint is not None
+            link.join(self.hub.dial(link.peer, link.endpoint, Lane.BULK))
         bulk = link.mate
         if bulk is not None and bulk.up and not bulk.blocked and link.departures.queued:
             bulk.router.flush(bulk)
@@ -226,6 +226,8 @@ class Listener(Router):
         super().__init__(hub, socket)
         self._peers: dict[tuple[str, Lane], SocketLink] = {}
         self._alive: set[int] = set()
+        self._silent: set[int] = set()
+        """Connections over tcp:// that no message has come by: libzmq has not authenticated them, as far as we know."""
 
     def handshake(self, link: SocketLink | None, route: bytes, batch: frames.Batch) -> None:
         if link is not None:
@@ -237,30 +239,45 @@ class Listener(Router):
         lane = _LANES.get(name)
         if lane is None:
             raise WireError("malformed handshake", f"lane {name!r}")
-        fd = self.socket.descriptor()
-        self.read_monitor()
-        if fd not in self._alive:
-            # Gone again, and the monitor has told so before. Nobody needs to hear of this link.
-            self.links[route] = gone = SocketLink(self, peer, route, lane)
-            gone.closing = True
-            self.connection_lost(gone, "connection lost")
-            return
         if wanted != self.hub.peer:
             raise WireError("wrong peer", f"{wanted} was wanted, this is {self.hub.peer}")
-        if (peer, lane) in self._peers:
+        self.read_monitor()
+        before = self._peers.get((peer, lane))
+        if before is not None and before not in self._leaving:
             raise WireError("duplicate peer", f"{peer} has a link here")
         rpc = self._peers.get((peer, Lane.RPC))
         if lane is Lane.BULK and rpc is None:
             raise WireError("no link", f"{peer} has none that this one belongs to")
-        link = SocketLink(self, peer, route, lane)
-        self.links[route] = self._peers[peer, lane] = link
-        link.fd = fd
-        self.bind_fd(route, fd)
-        if not self.say(route, frames.WELCOME, self.hub.peer):
-            self.drop(link)
-        elif lane is Lane.BULK and rpc is not None:
+        link = self.links[route] = SocketLink(self, peer, route, lane)
+        if not self._answer(route, frames.WELCOME, self.hub.peer):
+            link.closing = True  # gone again: nobody needs to hear of this link
+            self.connection_lost(link, "connection lost")
+            return
+        self._peers[peer, lane] = link
+        link.fd = self.socket.descriptor()
+        if lane is Lane.BULK and rpc is not None:
             rpc.join(link)
             self.ensure_mate(rpc)
+
+    def reject(self, link: SocketLink | None, route: bytes, error: WireError) -> None:
+        if link is not None:
+            super().reject(link, route, error)
+            return
+        self.hub.count_rejected(repr(route), error)
+        if self._answer(route, frames.BYE, str(error)):
+            self.links[route] = None
+
+    def _answer(self, route: bytes, kind: int, text: str) -> bool:
+        """Say that to the sender of the last message, a stranger; from now on the end of its connection is noticed. False
+        when that has ended. Its descriptor may be that of a new connection already, but then libzmq knows the
+        route no more, once it has looked."""
+        self.read_monitor()
+        self.socket.readable()
+        fd = self.socket.descriptor()
+        if fd not in self._alive or not self.say(route, kind, text):
+            return False
+        self.bind_fd(route, fd)
+        return True
 
     def forget(self, link: SocketLink) -> None:
         if self._peers.get((link.peer, link.lane)) is link:
@@ -273,9 +290,18 @@ class Listener(Router):
     def on_event(self, kind: int, fd: int, endpoint: str) -> None:
         if kind == ACCEPTED:
             self._alive.add(fd)
+            if endpoint.startswith("tcp:"):
+                self._silent.add(fd)
         else:
             self._alive.discard(fd)
+            if fd in self._silent:
+                self._silent.discard(fd)
+                self.hub.count_silent(endpoint)
             super().on_event(kind, fd, endpoint)
+
+    def bind_fd(self, route: bytes, fd: int) -> None:
+        self._silent.discard(fd)
+        super().bind_fd(route, fd)
 
 
 class Dialler(Router):
@@ -286,25 +312,26 @@ class Dialler(Router):
         self._lane = lane
         self._dials = 0
 
-    def dial(self, peer: str, endpoint: str) -> SocketLink:
+    def dial(self, peer: str, address: Address) -> SocketLink:
+        endpoint = address.endpoint
         for link in self.living():
-            if link.endpoint == endpoint:
+            if link.where == endpoint:
                 # One that is being closed, or of a process that was at this address before. libzmq ends
                 # connections by address, so the old one must go first.
                 self.end(link, f"replaced: {endpoint} is {peer} now")
         self._dials += 1
         route = b"%d" % self._dials
-        link = SocketLink(self, peer, route, self._lane, endpoint)
+        link = SocketLink(self, peer, route, self._lane, address)
         self.links[route] = link
         self.look_soon()
         try:
             name = f"{self.hub.peer}#{self._lane.value}.{self._dials}"
-            self.socket.connect(endpoint, route, name.encode())
+            self.socket.connect(address, route, name.encode())
         except ConnectionError as error:
             self.loop.call_soon(self.end, link, f"cannot connect to {endpoint}: {error}")
             return link
         self.say(route, frames.HELLO, self.hub.peer, peer, self._lane.name)
-        self._expect(link)
+        link.expect(self.settings.connect_s, functools.partial(self._give_up, link))
         return link
 
     def link_to(self, peer: str) -> SocketLink | None:
@@ -313,20 +340,13 @@ class Dialler(Router):
                 return link
         return None
 
-    def _expect(self, link: SocketLink, steps: int = 4) -> None:
-        """Give up unless the link is up in time. A loop that is busy all the while has not looked: so in steps."""
-        if steps == 0:
-            self._give_up(link)
-        else:
-            wait = self.settings.connect_s / 4
-            link.timer = self.loop.call_later(wait, self._expect, link, steps - 1)
-
     def _give_up(self, link: SocketLink) -> None:
         seconds = f"{self.settings.connect_s:g} s"
         if link.connected:
-            self.end(link, f"no answer from {link.endpoint} within {seconds}")
+            keys = " (it may have other keys)" if link.endpoint and link.endpoint.key else ""
+            self.end(link, f"no answer from {link.where} within {seconds}{keys}")
         else:
-            self.end(link, f"connection refused: nobody listens at {link.endpoint} ({seconds})")
+            self.end(link, f"connection refused: nobody listens at {link.where} ({seconds})")
 
     def handshake(self, link: SocketLink | None, route: bytes, batch: frames.Batch) -> None:
         assert link is not None, "messages of strangers are not looked at"
@@ -337,7 +357,7 @@ class Dialler(Router):
         elif batch.kind != frames.WELCOME:
             raise WireError("no welcome", f"kind {batch.kind} came first")
         elif _texts(batch, 1)[0] != link.peer:
-            raise WireError("wrong peer", f"{link.endpoint} is {_texts(batch, 1)[0]}")
+            raise WireError("wrong peer", f"{link.where} is {_texts(batch, 1)[0]}")
         else:
             self._up(link, self.socket.descriptor())
 
@@ -353,7 +373,7 @@ class Dialler(Router):
         self.links.pop(link.route, None)
         if self.by_fd.get(link.fd) == link.route:
             del self.by_fd[link.fd]
-        self.socket.disconnect(link.endpoint or "", self.linger_s if link.flushed else 0.0)
+        self.socket.disconnect(link.where, self.linger_s if link.flushed else 0.0)
         self.look_soon()
 
     def on_event(self, kind: int, fd: int, endpoint: str) -> None:
@@ -361,7 +381,7 @@ class Dialler(Router):
             super().on_event(kind, fd, endpoint)
             return
         for link in self.living():
-            if link.endpoint == endpoint:
+            if link.where == endpoint:
                 link.connected = True
 
 

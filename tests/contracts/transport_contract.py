@@ -388,7 +388,7 @@ class TransportContract(LanesContract):
         await inbox.until(lambda: inbox.lost)
         assert inbox.lost[0][0] is link
         assert "connection refused" in inbox.lost[0][1]
-        assert never.address in inbox.lost[0][1]
+        assert never.address.partition("?")[0] in inbox.lost[0][1]
         link.send(Record(b"y"))  # dropped in silence
         assert link.queued_bytes() == 0
 
@@ -497,5 +497,5 @@ class TransportContract(LanesContract):
 
     async def test_an_address_cannot_be_taken_twice(self, peers: Peers) -> None:
         a, _ = await peers.start("a.1")
-        with pytest.raises(ConfigError, match=a.address.replace("/", "/")):
+        with pytest.raises(ConfigError, match=a.address.partition("?")[0]):
             await peers.start("a.1")

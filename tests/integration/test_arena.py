@@ -27,6 +27,8 @@ from tests.integration.support.job import Job
 KILLS = 200
 MEMBERS = 3
 HELD_S = 0.05
+WITHIN_S = 1.0
+LIMIT_S = 10.0
 NOTHING = Statistics(0, 0, 0)
 
 
@@ -136,54 +138,70 @@ class _Host:
         self.keeper.close()
 
 
-async def _soon(true: Callable[[], bool]) -> bool:
-    """Whether that becomes true within the second in which all is to be taken back. What a busy machine
-    makes the sleeps longer does not count."""
-    for _ in range(50):
-        if true():
-            return True
-        await asyncio.sleep(0.02)
-    return true()
-
-
 async def test_two_hundred_kills_leave_nothing() -> None:
+    """All is taken back within a second of the kill, by the clock. Where others keep the processors busy a
+    measurement may be late, but not again and again."""
     gc.collect()
     fds = len(os.listdir("/proc/self/fd"))
-    await _kill_and_look()
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == fds
+    for kills in (KILLS, KILLS // 4, KILLS // 4):
+        took = sorted(await _kill_and_look(kills))
+        quarters = ", ".join(f"{took[len(took) * n // 4 - (n == 4)]:.3f}" for n in range(5))
+        print(f"{kills} kills, all taken back after so many seconds (quartiles): {quarters}")
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == fds
+        if took[-1] <= WITHIN_S:
+            return
+    raise AssertionError(f"three times in a row not within {WITHIN_S} s: {quarters}")
 
 
-async def _kill_and_look() -> None:
+async def _kill_and_look(kills: int) -> list[float]:
+    """Seconds from each kill until nothing was left of what it had made wait."""
     host = _Host()
     try:
-        await _kill_members(host)
-        table = host.keeper._table
-        assert await _soon(lambda: host.keeper.statistics() == NOTHING)
+        took = await _kill_members(host, kills)
+        table, began = host.keeper._table, time.monotonic()
+        for _ in range(1000):
+            if host.keeper.statistics() == NOTHING:
+                break
+            await asyncio.sleep(0.01)
+        assert host.keeper.statistics() == NOTHING
         assert bytes(table.sent) == bytes(table.opened) == bytes(table.done)
         assert not any(table.used)
         assert os.stat(host.keeper.spec(0).path).st_blocks * 512 == table.data_start
+        return [*took, time.monotonic() - began]
     finally:
         await host.close()
 
 
-async def _kill_members(host: _Host) -> None:
+async def _kill_members(host: _Host, kills: int) -> list[float]:
     generation = host.keeper._table.generation
-    waited: deque[tuple[float, int, list[tuple[int, int]]]] = deque()
-    slept = 0.0
-    for number in range(KILLS):
-        pause = random.uniform(0.01, 0.06)
-        await asyncio.sleep(pause)
-        slept += pause
+    waited: list[tuple[float, list[tuple[int, int]]]] = []
+    took: list[float] = []
+
+    def look() -> None:
+        now = time.monotonic()
+        for item in list(waited):
+            killed, orphans = item
+            if not any(generation[row] == value for row, value in orphans):
+                waited.remove(item)
+                took.append(now - killed)
+
+    for _ in range(kills):
+        until = time.monotonic() + random.uniform(0.01, 0.06)
+        while time.monotonic() < until:
+            await asyncio.sleep(0.01)
+            look()
         place = random.randrange(MEMBERS)
-        waited.append((slept, number, host.kill(place)))
+        killed = time.monotonic()
+        waited.append((killed, host.kill(place)))
         host.pids[place] = host.start(place)
-        while waited and slept - waited[0][0] > 1.0:
-            _, killed, orphans = waited.popleft()
-            left = [row for row, value in orphans if generation[row] == value]
-            assert not left, f"of kill {killed}, a second later"
+    while waited and time.monotonic() < killed + LIMIT_S:
+        await asyncio.sleep(0.01)
+        look()
+    assert not waited, f"{waited} are left of those killed at {killed} and before"
     for place in range(MEMBERS):
         host.kill(place)
+    return took
 
 
 def _own_process(work: Callable[[], None]) -> int:
@@ -225,11 +243,10 @@ def test_a_process_that_may_not_map_the_arena_does_without() -> None:
     keeper = Keeper(1 << 30, 2)
 
     def child() -> None:
-        arena = Arena(keeper.spec(0))
         with open("/proc/self/statm") as file:
             limit = int(file.read().split()[0]) * resource.getpagesize() + (256 << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        assert arena.stage(bytes(1 << 20)) is None
+        assert Arena.attach(keeper.spec(0)) is None
 
     assert _own_process(child) == 0
     keeper.close()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -391,6 +392,23 @@ async def test_a_second_peer_with_the_same_id_does_not_take_over(
     stranger.socket.send_multipart(_data(b"still me"))
     await inbox.until_count(1)
     assert inbox.lost == []
+
+
+async def test_a_peer_that_comes_back_before_its_end_was_noticed_is_let_in(
+    peer: tuple[SocketTransport, Inbox], stranger: Stranger
+) -> None:
+    transport, inbox = peer
+    first = Stranger(transport.address)
+    first.socket.send_multipart(_hello("x.1"))
+    assert (await first.answer()).kind == frames.WELCOME
+    first.close()  # from here on the loop sees nothing
+    stranger.socket.send_multipart(_hello("x.1"))
+    time.sleep(0.3)  # noqa: ASYNC251
+    assert (await stranger.answer()).kind == frames.WELCOME
+    await inbox.until(lambda: inbox.lost)
+    stranger.socket.send_multipart(_data(b"here I am"))
+    await inbox.until_count(1)
+    assert transport.statistics()[:2] == (1, {})
 
 
 async def test_a_dialled_peer_that_speaks_nonsense_is_a_lost_link(

@@ -18,15 +18,29 @@ DATA = bytes(range(256)) * 2048
 NOTHING = Statistics(0, 0, 0)
 
 
+class Host(Keeper):
+    """With those that use its arena."""
+
+    def __init__(self, size: int, members: int) -> None:
+        super().__init__(size, members)
+        self.arenas: list[Arena] = []
+
+    def close(self) -> None:
+        for arena in self.arenas:
+            arena.close()
+        super().close()
+
+
 @pytest.fixture
-def keeper() -> Iterator[Keeper]:
-    keeper = Keeper(8 * EXTENT, 4)
+def keeper() -> Iterator[Host]:
+    keeper = Host(8 * EXTENT, 4)
     yield keeper
     keeper.close()
 
 
-def member(keeper: Keeper, place: int) -> Arena:
-    return Arena(keeper.spec(place))
+def member(keeper: Host, place: int) -> Arena:
+    keeper.arenas.append(Arena(keeper.spec(place)))
+    return keeper.arenas[-1]
 
 
 def shared(sender: Arena, receiver: Arena) -> bytes:
@@ -35,16 +49,15 @@ def shared(sender: Arena, receiver: Arena) -> bytes:
     return handle
 
 
-def die(keeper: Keeper, place: int, arena: Arena) -> None:
+def die(keeper: Host, place: int, arena: Arena) -> None:
     """What is left of a process that was killed: its part of the table."""
     arena.close()
-    if arena._pool is not None and arena._pool._thread is not None:
-        arena._pool._thread.join()
+    arena._pool._thread.join()
     arena._pid = 0  # no finalizer of it runs any more
     keeper.reclaim(place)
 
 
-def settled(keeper: Keeper, within: float = 1.0) -> bool:
+def settled(keeper: Host, within: float = 1.0) -> bool:
     until = time.monotonic() + within
     while left := keeper.poll():
         if time.monotonic() > until:
@@ -59,17 +72,17 @@ def memory(keeper: Keeper) -> int:
     return found - keeper._table.data_start
 
 
-def test_what_a_dead_member_had_staged_is_free_at_once(keeper: Keeper) -> None:
+def test_what_a_dead_member_had_staged_is_free_at_once(keeper: Host) -> None:
     one = member(keeper, 0)
     view = one.stage(DATA)
     assert view is not None
-    assert memory(keeper) == EXTENT
+    assert memory(keeper) == len(DATA)
     die(keeper, 0, one)
     assert settled(keeper, 0.0)
     assert (keeper.statistics(), memory(keeper)) == (NOTHING, 0)
 
 
-def test_what_a_dead_member_held_is_held_no_more(keeper: Keeper) -> None:
+def test_what_a_dead_member_held_is_held_no_more(keeper: Host) -> None:
     one, other = member(keeper, 0), member(keeper, 1)
     held = other.open(shared(one, other))
     waiting = shared(one, other)
@@ -80,10 +93,9 @@ def test_what_a_dead_member_held_is_held_no_more(keeper: Keeper) -> None:
     with pytest.raises(WireError):
         member(keeper, 1).open(waiting)
     del held
-    one.close()
 
 
-def test_what_a_dead_member_has_sent_stays_until_its_receivers_are_done(keeper: Keeper) -> None:
+def test_what_a_dead_member_has_sent_stays_until_its_receivers_are_done(keeper: Host) -> None:
     one, other = member(keeper, 0), member(keeper, 1)
     held, waiting = other.open(shared(one, other)), shared(one, other)
     die(keeper, 0, one)
@@ -98,11 +110,10 @@ def test_what_a_dead_member_has_sent_stays_until_its_receivers_are_done(keeper: 
     del late
     assert settled(keeper)
     assert keeper.statistics() == Statistics(1, 0, 0)
-    other.close()
     die(keeper, 0, again)
 
 
-def test_handles_that_never_arrived_are_called_back(keeper: Keeper) -> None:
+def test_handles_that_never_arrived_are_called_back(keeper: Host) -> None:
     one, other, third = (member(keeper, place) for place in range(3))
     view = one.open(shared(other, one))
     forwarded, own = one.share(view, third.index), shared(one, third)
@@ -119,7 +130,7 @@ def test_handles_that_never_arrived_are_called_back(keeper: Keeper) -> None:
         arena.close()
 
 
-def test_a_view_that_was_forwarded_outlives_both_who_sent_it(keeper: Keeper) -> None:
+def test_a_view_that_was_forwarded_outlives_both_who_sent_it(keeper: Host) -> None:
     one, other, third = (member(keeper, place) for place in range(3))
     middle = other.open(shared(one, other))
     handle = other.share(middle, third.index)
@@ -132,10 +143,9 @@ def test_a_view_that_was_forwarded_outlives_both_who_sent_it(keeper: Keeper) -> 
     del view
     assert settled(keeper)
     assert keeper.statistics() == NOTHING
-    third.close()
 
 
-def test_members_die_one_after_the_other_in_the_same_place(keeper: Keeper) -> None:
+def test_members_die_one_after_the_other_in_the_same_place(keeper: Host) -> None:
     other = member(keeper, 1)
     views = []
     for _ in range(5):
@@ -148,10 +158,9 @@ def test_members_die_one_after_the_other_in_the_same_place(keeper: Keeper) -> No
     views.clear()
     assert settled(keeper)
     assert (keeper.statistics(), memory(keeper)) == (NOTHING, 0)
-    other.close()
 
 
-async def test_settle_ends_when_all_is_free_and_takes_in_later_deaths(keeper: Keeper) -> None:
+async def test_settle_ends_when_all_is_free_and_takes_in_later_deaths(keeper: Host) -> None:
     one, other = member(keeper, 0), member(keeper, 1)
     shared(one, other)
     die(keeper, 0, one)
@@ -166,7 +175,7 @@ async def test_settle_ends_when_all_is_free_and_takes_in_later_deaths(keeper: Ke
 
 
 def test_who_has_the_lock_and_does_not_run_stops_nobody_else(
-    keeper: Keeper, caplog: pytest.LogCaptureFixture
+    keeper: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, other, third = (member(keeper, place) for place in range(3))
     view = one.stage(DATA)
@@ -180,8 +189,6 @@ def test_who_has_the_lock_and_does_not_run_stops_nobody_else(
         keeper.reclaim(3)
     assert "lock" in caplog.text
     assert one.share(view, other.index) is not None
-    for arena in (one, other, third):
-        arena.close()
 
 
 def test_the_default_is_a_part_of_the_memory() -> None:
@@ -197,7 +204,7 @@ def test_there_may_be_none(size: int, members: int) -> None:
 def test_an_arena_costs_its_table_until_it_is_used() -> None:
     keeper = make_keeper(None, 8)
     assert keeper is not None
-    arenas = [member(keeper, place) for place in range(8)]
+    arenas = [Arena(keeper.spec(place)) for place in range(8)]
     assert memory(keeper) == 0
     assert keeper._table.data_start < 2 * 1024 * 1024
     for arena in arenas:

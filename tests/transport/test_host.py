@@ -9,6 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from runtime.transport.host import HostTransport
 from runtime.transport.link import SocketLink, SocketSettings
 from runtime.transport.local import LocalTransport
 from runtime.transport.local_link import LocalLink
+from runtime.transport.sockets import mint
 from tests.contracts.transport_contract import Inbox, Network, Peers, TransportContract, echo
 
 SETTINGS = SocketSettings(connect_s=0.6)
@@ -75,7 +77,8 @@ async def test_without_the_local_lane_there_is_no_socket_for_it(directory: Path)
     b, _ = await peers.start("b.1")
     assert os.listdir(directory) in (["a.1", "b.1"], ["b.1", "a.1"])
     assert isinstance(a.connect("b.1", b.address), SocketLink)
-    assert a.stage(bytes(1_000_000)) is None
+    data = bytes(1_000_000)
+    assert a.stage(data) is data, "no memory is shared there"
     await peers.close()
 
 
@@ -214,3 +217,29 @@ async def test_a_local_socket_that_cannot_be_bound_fails_the_start_and_leaves_no
         await transport.start(Inbox())
     assert os.listdir(directory) == ["a.u"]
     await transport.close()
+
+
+async def test_a_peer_of_this_host_is_reached_by_the_local_lane_and_of_another_one_by_tcp(
+    directory: Path,
+) -> None:
+    os.mkdir(directory / "there")
+    settings = replace(SETTINGS, security=mint())
+    made = {}
+    for name in ("a", "b", "there/c"):
+        text = f"tcp://127.0.0.1:0 ipc://{directory}/{name}"
+        made[name] = HostTransport(f"{name}.1", text, settings=settings), Inbox(echo)
+        await made[name][0].start(made[name][1])
+    (a, _), (b, at_b), (c, at_c) = made.values()
+    near, far = a.connect(b.peer, b.address), a.connect(c.peer, c.address)
+    assert isinstance(near, LocalLink)
+    assert isinstance(far, SocketLink)
+    assert far.where.startswith("tcp://127.0.0.1:")
+    for link in (near, far, a.connect(c.peer, c.address, Lane.CONTROL)):
+        link.send(Record(b"x", [bytes(3_000_000)]))
+    await at_b.until_count(1)
+    await at_c.until_count(2)
+    assert isinstance(c.connect(a.peer, a.address), SocketLink)
+    assert at_b.lost == at_c.lost == []
+    for transport, _ in made.values():
+        await transport.close()
+    assert os.listdir(directory) == ["there"]

@@ -209,6 +209,17 @@ async def test_descriptors_in_the_wrong_number_are_refused(peers: Peers) -> None
         link.send_descriptors(Record(b"x"), [])
 
 
+async def test_answers_come_back_while_a_large_buffer_is_on_its_way(directory: Path) -> None:
+    peers = Peers(LocalNetwork(directory))
+    link, mine, inbox = await connected(peers)
+    link.send(Record(b"large", [bytes(64 * MIB)]))
+    inbox.records[0][0].send(Record(b"answer"), ordered=False)
+    await mine.until_count(1)
+    assert inbox.headers == [b"hello"], "it is on its way still"
+    await inbox.until_count(2)
+    await peers.close()
+
+
 # the arena
 
 
@@ -520,6 +531,33 @@ async def test_a_closed_link_waits_for_a_slow_reader_no_longer_than_the_linger_t
     assert (b.statistics().links, link.queued_bytes()) == (0, 0)
     assert inbox.lost == []
     await b.close()
+
+
+@WITH_ARENA
+async def test_where_the_budget_of_queues_is_full_their_buffers_travel_beside_the_arena(
+    shared: LocalNetwork,
+) -> None:
+    peers = Peers(shared)
+    link, _, inbox = await connected(peers)
+    one, data = peers.made[0], os.urandom(8 * MIB)
+    queued = []
+    while shared.arenas[0].is_staged(last := one.stage(data, "queue")):
+        queued.append(last)
+    assert queued
+    assert peers.made[0].stage(data) is not data, "calls have room"
+    link.send(Record(b"put", [queued[0], last]))
+    link.send(Record(b"call", [data]))
+    await inbox.until_count(3)
+    (_, (first, second)), (_, (third,)) = (record for _, record in inbox.records[1:])
+    assert [bytes(got) == data for got in (first, second, third)] == [True] * 3
+    assert [shared.arenas[1].is_staged(got) for got in (first, second, third)] == [
+        True,
+        False,
+        True,
+    ]
+    del first, second, third
+    inbox.records.clear()
+    await peers.close()
 
 
 @WITH_ARENA

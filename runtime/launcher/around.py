@@ -13,6 +13,10 @@ from runtime.launcher.options import LaunchOptions
 from runtime.launcher.plan import Facts
 from runtime.launcher.prepare import needed_files
 
+_SIOCGIFCONF = 0x8912
+_IFREQ = "16sH2x4s16x"
+_LOOPBACK_NET, _SCOPE_HOST, _SCOPE_LINK = 127, "10", "20"
+
 
 def look_around(options: LaunchOptions) -> Facts:
     """What this machine and its environment are."""
@@ -25,13 +29,13 @@ def look_around(options: LaunchOptions) -> Facts:
         python=sys.executable,
         own_names=own_names(named),
         cpu_count=len(os.sched_getaffinity(0)),
-        gpu_count=_gpu_count(),
+        gpu_count=gpu_count(),
         env=dict(os.environ),
         files=files,
     )
 
 
-def _gpu_count() -> int:
+def gpu_count() -> int:
     """As many as CUDA would show, without asking CUDA."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
@@ -63,6 +67,29 @@ def own_names(named: str = "") -> tuple[str, ...]:
     short = re.escape(name.partition(".")[0])
     meant = re.search(rf"(?i)(?<![\w.-]){short}\.", named)
     return (name, *((socket.getfqdn(),) if meant else ()), *_addresses())
+
+
+def interfaces() -> list[tuple[str, str]]:
+    """(interface, address) of each that another host might reach: no loopback, link-local ones with scope."""
+    import array
+    import fcntl
+    import struct  # only several hosts want this
+
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        records = array.array("B", bytes(struct.calcsize(_IFREQ) * 1024))
+        where, length = records.buffer_info()
+        filled = fcntl.ioctl(asked, _SIOCGIFCONF, struct.pack("iP", length, where))
+        (used,) = struct.unpack_from("i", filled)
+        for name, family, address in struct.iter_unpack(_IFREQ, records[:used].tobytes()):
+            if family == socket.AF_INET and address[0] != _LOOPBACK_NET:
+                found.append((name.rstrip(b"\0").decode(), socket.inet_ntop(family, address)))
+    for line in _lines("/proc/net/if_inet6"):
+        text, _, _, scope, _, name = line.split()
+        address6 = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(text))
+        if scope != _SCOPE_HOST:
+            found.append((name, f"{address6}%{name}" if scope == _SCOPE_LINK else address6))
+    return found
 
 
 def _addresses() -> set[str]:

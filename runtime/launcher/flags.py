@@ -128,11 +128,31 @@ def _endpoint(text: str) -> str:
     return text
 
 
+def _ifaces(text: str) -> tuple[str, ...]:
+    wanted = tuple(word.strip() for word in text.split(","))
+    for word in wanted:
+        if not word:
+            raise ValueError("must be interfaces, networks or addresses with commas between")
+        if "/" in word:
+            from ipaddress import ip_network
+
+            ip_network(word, strict=False)  # says itself what is wrong
+    return wanted
+
+
 def _port_range(text: str) -> tuple[int, int]:
     low, _, high = text.partition(":")
-    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) < int(high) <= 65536):
-        raise ValueError("must be LOW:HIGH with 1 <= LOW < HIGH <= 65536 (HIGH is not used)")
+    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high) < 65536):
+        raise ValueError("must be LOW:HIGH with 1 <= LOW <= HIGH <= 65535")
     return int(low), int(high)
+
+
+def _tree(text: str) -> tuple[int, int]:
+    low, _, each = text.partition(":")
+    try:
+        return _whole(1)(low), _whole(1)(each)
+    except ValueError:
+        raise ValueError("must be HOSTS:EACH, whole numbers of at least 1, as 32:8") from None
 
 
 def modules(text: str) -> tuple[str, ...]:
@@ -141,6 +161,15 @@ def modules(text: str) -> tuple[str, ...]:
     if not all(all(part.isidentifier() for part in name.split(".")) for name in names):
         raise ValueError("must be module names with commas between, or none")
     return names
+
+
+def _command_words(text: str) -> tuple[str, ...]:
+    import shlex
+
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"must be words as a shell takes them ({error})") from None
 
 
 def _one_of(*names: str) -> Callable[[str], str]:
@@ -225,6 +254,21 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("-H --hostfile", "one host a line: host slots=8, host:8", "FILE", _text),
         Flag("-i --include", "only these hosts, or these slots of them", "H1@H2:0,2", _text),
         Flag("-e --exclude", "all but these", "H1@H2:0,2", _text),
+        Flag("--launcher",
+             "how hosts are reached: not, by ssh (this machine, too), by srun; slurm elsewhere: sbatch",
+             "local|ssh|slurm", _one_of("local", "ssh", "slurm")),
+        Flag("--iface --local-addr",
+             "interfaces, networks or addresses that hosts talk by (found by trying)",
+             "NAME|CIDR|ADDR,…", _ifaces, "iface"),
+        Flag("--connect-timeout", "every host must have answered by then (30)", "SECONDS", _seconds),
+        Flag("--sync", "copy this directory's changed files to the hosts first", "DIR", _text),
+        Flag("--ssh-port", "port of ssh on the hosts", "PORT", _whole(1, 65535)),
+        Flag("--ssh-config", "ssh's configuration file, instead of the user's", "FILE", _text),
+        Flag("--ssh-args", "more options of ssh: --ssh-args='-i KEY -J GATE'", "WORDS", _command_words),
+        Flag("--ssh-tree", "from so many hosts on, they dial each other, each so many (32:8)",
+             "HOSTS:EACH", _tree),
+        Flag("--slurm-args", "more options of sbatch: --slurm-args='-p gpu -t 4:00:00'", "WORDS",
+             _command_words),
     ),
     "Rendezvous": (
         Flag("--rdzv-id --job-id", "id of the job (drawn)", "ID", _id, "job_id"),
@@ -273,9 +317,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--shutdown-timeout", "grace between the request to stop and the kill (10)", "SECONDS",
              _seconds),
         Flag("--timeout", "end the job after so long, with exit code 124", "SECONDS", _seconds),
+        Flag("--drain-timeout", "how long a host outlives its workers while a save is written (60)",
+             "SECONDS", _seconds),
     ),
     "The launcher itself": (
         Flag("--config", "settings (./runtime.toml, if there)", "FILE", _text, "config_file"),
+        Flag("--detach", "leave the job running when the launcher has started it"),
         Flag("--dry-run", "print the plan and start nothing"),
         Flag("--json", "the plan as JSON"),
         Flag("-h --help", "this text"),

@@ -47,6 +47,15 @@ class LaunchOptions:
     hostfile: str | None = None
     include: str | None = None
     exclude: str | None = None
+    launcher: Literal["local", "ssh", "slurm"] | None = None
+    iface: tuple[str, ...] = ()
+    connect_timeout: float = 30.0
+    sync: str | None = None
+    ssh_port: int | None = None
+    ssh_config: str | None = None
+    ssh_args: tuple[str, ...] = ()
+    ssh_tree: tuple[int, int] = (32, 8)
+    slurm_args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     env_files: tuple[str, ...] = ()
     log_dir: str | None = None
@@ -65,8 +74,10 @@ class LaunchOptions:
     arena: int | None = None
     shutdown_timeout: float = 10.0
     timeout: float | None = None
+    drain_timeout: float = 60.0
     port_range: tuple[int, int] | None = None
     config_file: str | None = None
+    detach: bool = False
     dry_run: bool = False
     json: bool = False
     verbosity: int = 0

@@ -1,21 +1,30 @@
 """From options and facts to a plan: which hosts, which job, what its workers run.
 
 The launcher reads the files that `needed_files` names, looks around (`Facts`), and calls `prepare`.
-Everything that can be wrong with a launch is found here, before anything starts.
+Everything that can be wrong with a launch is found here, before any worker starts. Where other hosts have a
+part, they are dialled before (`hosts_from_options`, `dial_settings`): what they have is a fact, too.
 """
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from runtime.config import Config
 from runtime.errors import ConfigError
 from runtime.job import ENV_NAME, IDENTITY_ENV, Entry, JobSpec, Restart, RoleSpec, raise_together
 from runtime.job_toml import job_from_toml
+from runtime.launcher import slurm
 from runtime.launcher.entries import Sources, check_entry, find_preload
 from runtime.launcher.hosts import mark_local, parse_hostfile, parse_hosts, select_hosts
 from runtime.launcher.options import LaunchOptions
 from runtime.launcher.plan import Facts, Host, Plan, make_plan
+
+if TYPE_CHECKING:
+    from runtime.launcher.ssh import DialSettings
 
 
 def needed_files(options: LaunchOptions) -> tuple[str, ...]:
@@ -38,8 +47,14 @@ def prepare(options: LaunchOptions, facts: Facts, sources: Sources | None = None
 
 
 def hosts_from_options(options: LaunchOptions, facts: Facts) -> tuple[Host, ...]:
-    """The hosts that `--hosts` names, else the host file, else this machine."""
-    if options.hosts is not None:
+    """The hosts that `--hosts` names, else the host file, else Slurm's allocation, else this machine.
+
+    Slots stay None where only the host itself can say them and has not been asked yet (`Facts.found`).
+    """
+    in_slurm = slurm.is_meant(options, facts.env)
+    if in_slurm:
+        hosts = slurm.allocated(options, facts.env)
+    elif options.hosts is not None:
         hosts = parse_hosts(options.hosts)
     elif options.hostfile is not None:
         hosts = parse_hostfile(facts.files[options.hostfile], options.hostfile)
@@ -47,6 +62,14 @@ def hosts_from_options(options: LaunchOptions, facts: Facts) -> tuple[Host, ...]
         hosts = (Host("localhost"),)
     hosts = select_hosts(hosts, options.include, options.exclude)
     hosts = mark_local(hosts, facts.own_names)
+    if options.job_file is not None and len(hosts) > 1:
+        hosts = hosts[: job_from_toml(facts.files[options.job_file], options.job_file).node_num]
+    if options.launcher == "ssh" or (in_slurm and slurm.is_confined(facts.env)):
+        hosts = tuple(replace(host, local=False) for host in hosts)
+    remote = [host.name for host in hosts if not host.local]
+    if remote and options.launcher == "local":
+        names = ", ".join(remote)
+        raise ConfigError(f"--launcher local: this machine only, and it is not {names}")
     return hosts if options.job_file is not None else _used(options, hosts, facts)
 
 
@@ -62,11 +85,49 @@ def _used(options: LaunchOptions, hosts: tuple[Host, ...], facts: Facts) -> tupl
     used = hosts[:high]
     if options.standalone and len(used) > 1:
         raise ConfigError(f"--standalone: is one host, but {len(used)} are named")
+    if any(_on_host(options, host, facts) is None for host in used):
+        return used
     counts = _counts(options, used, facts)
     return tuple(
         replace(host, slots=host.slots or count)
         for host, count in zip(used, counts, strict=True)
         if count
+    )
+
+
+def dial_settings(
+    options: LaunchOptions, hosts: Sequence[Host], facts: Facts, config: Config
+) -> DialSettings:
+    """How the other hosts are reached, and what the job needs there.
+
+    ssh gives a silent line up when an agent would be, too: not before.
+    """
+    from runtime.launcher.ssh import DialSettings  # most launches have one host
+
+    if options.job_file is not None:
+        roles = list(job_from_toml(facts.files[options.job_file], options.job_file).roles.values())
+        runs = [(role.entry, role.workdir, role.python) for role in roles]
+    else:
+        assert options.entry is not None  # else refused when the options were parsed
+        runs = [(options.entry, None, None)]
+    paths = []
+    for entry, workdir, _ in runs:
+        folder = options.workdir or workdir or ""
+        paths += [folder] if folder else []
+        paths += [os.path.join(folder, entry.target)] if entry.form == "script" else []
+    return DialSettings(
+        python=options.python or facts.python,
+        workdir=facts.cwd,
+        pythons=tuple(python for _, _, python in runs if python and not options.python),
+        paths=tuple(dict.fromkeys(paths)),
+        carrier="srun" if slurm.carries(options, hosts, facts.env) else "ssh",
+        ssh_port=options.ssh_port,
+        ssh_config=options.ssh_config,
+        ssh_args=options.ssh_args,
+        timeout_s=options.connect_timeout,
+        alive_interval_s=max(1, math.ceil(config.coordinator.heartbeat_timeout_ms / 3000)),
+        tree_from=options.ssh_tree[0],
+        fan_out=options.ssh_tree[1],
     )
 
 
@@ -123,14 +184,14 @@ def _counts(options: LaunchOptions, hosts: tuple[Host, ...], facts: Facts) -> li
     if isinstance(nproc, int) and total is not None and total % nproc:
         raise ConfigError(f"-n {total}: must be a multiple of --nproc-per-node {nproc}")
     if total is None:
-        return [_on_host(options, host, facts) for host in hosts]
+        return [_known(options, host, facts) for host in hosts]
     if nproc is None and any(host.slots is None for host in hosts):
         share, left = divmod(total, len(hosts))
         counts = [share + (number < left) for number in range(len(hosts))]
     else:
         counts, left = [], total
         for host in hosts:
-            counts.append(min(left, _on_host(options, host, facts)))
+            counts.append(min(left, _known(options, host, facts)))
             left -= counts[-1]
         if left:
             room = ", ".join(f"{h.name} {n}" for h, n in zip(hosts, counts, strict=True))
@@ -138,8 +199,20 @@ def _counts(options: LaunchOptions, hosts: tuple[Host, ...], facts: Facts) -> li
     return counts
 
 
-def _on_host(options: LaunchOptions, host: Host, facts: Facts) -> int:
-    """`--nproc-per-node` on one host."""
+def _known(options: LaunchOptions, host: Host, facts: Facts) -> int:
+    count = _on_host(options, host, facts)
+    if count is not None:
+        return count
+    if options.nproc_per_node is None:
+        return 1  # a dry run asks nobody
+    raise ConfigError(
+        f"--nproc-per-node {options.nproc_per_node}: what host {host.name} has is not known; "
+        "say its slots"
+    )
+
+
+def _on_host(options: LaunchOptions, host: Host, facts: Facts) -> int | None:
+    """`--nproc-per-node` on one host. None: the host must be asked first."""
     wanted = options.nproc_per_node
     if isinstance(wanted, int):
         if host.slots is not None and wanted > host.slots:
@@ -150,15 +223,15 @@ def _on_host(options: LaunchOptions, host: Host, facts: Facts) -> int:
         return wanted
     if host.slots is not None:
         return host.slots
+    if not host.local and host.name not in facts.found:
+        return None
+    cpus, gpus = facts.found.get(host.name, (facts.cpu_count, facts.gpu_count))
     if wanted is None:
-        return facts.gpu_count or 1 if host.local and _named(options) else 1
-    if not host.local:
-        raise ConfigError(
-            f"--nproc-per-node {wanted}: what host {host.name} has is not known; say its slots"
-        )
-    if wanted == "gpu" and not facts.gpu_count:
-        raise ConfigError("--nproc-per-node gpu: this machine has no GPU (allowed: N, cpu, auto)")
-    return facts.cpu_count if wanted == "cpu" else facts.gpu_count or facts.cpu_count
+        return gpus or 1 if _named(options) else 1
+    if wanted == "gpu" and not gpus:
+        where = "this machine" if host.local else f"host {host.name}"
+        raise ConfigError(f"--nproc-per-node gpu: {where} has no GPU (allowed: N, cpu, auto)")
+    return cpus if wanted == "cpu" else gpus or cpus
 
 
 def parse_env_file(text: str, source: str) -> dict[str, str]:

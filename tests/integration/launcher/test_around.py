@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from runtime.launcher.around import own_names
+from runtime.launcher.around import interfaces, own_names
 from runtime.launcher.hosts import is_local
 
 
@@ -25,6 +25,17 @@ def test_the_address_that_packets_leave_from_is_local() -> None:
             pytest.skip("this machine has no network")
         address = probe.getsockname()[0]
     assert address in own_names()
+
+
+def test_interfaces_have_the_addresses_that_others_may_reach() -> None:
+    found = interfaces()
+    addresses = {address.partition("%")[0] for _, address in found}
+    assert addresses <= set(own_names())
+    assert not {address for address in addresses if address.startswith("127.") or address == "::1"}
+    names = {name for _, name in socket.if_nameindex()}
+    for name, address in found:
+        assert name in names
+        assert address.endswith(f"%{name}") == address.startswith("fe80:")
 
 
 def test_other_addresses_and_names_are_not_local() -> None:

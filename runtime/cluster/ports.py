@@ -14,19 +14,19 @@ _HIGHEST = 32_768
 class PortChooser:
     """Gives ports that are free at this moment, each once.
 
-    Without a range (low, high; high excluded) they lie below those that the kernel itself hands out to
+    Without a range (lowest, highest) they lie below those that the kernel itself hands out to
     outgoing connections, so that none of these takes a port before its worker listens there.
     """
 
     def __init__(self, port_range: tuple[int, int] | None = None) -> None:
-        self._range = port_range or (_LOWEST, _below_ephemeral())
+        self._range = port_range or (_LOWEST, _below_ephemeral() - 1)
         self._given: set[int] = set()
 
     def choose(self) -> int:
         """A free port. Raises `ResourceInsufficientError` naming the range when there is none."""
         low, high = self._range
-        ports = list(range(low, high))
-        start = random.randrange(len(ports)) if ports else 0
+        ports = list(range(low, high + 1))
+        start = random.randrange(len(ports))
         for port in ports[start:] + ports[:start]:
             if port not in self._given and _is_free(port):
                 self._given.add(port)

@@ -1,0 +1,162 @@
+"""Who a process is in a job that torchrun, srun or mpirun has started, as its environment says. Pure.
+
+Also where the ranks of such a job can meet: the store that torchrun serves, else one that rank 0 is to serve, at
+MASTER_ADDR and MASTER_PORT where those are set. Without them srun's list of nodes and mpirun on one host are
+enough: the port then follows from the job's id, with neighbours in case that somebody else has it.
+What is done there is `runtime/meeting.py`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+from zlib import crc32
+
+from runtime.errors import ConfigError, MisuseError
+from runtime.launcher.hosts import expand_range
+
+_LOWEST_PORT = 20_000
+_PORTS = 10_000
+_NEIGHBOURS = 8
+
+
+class Place(NamedTuple):
+    """Where the ranks meet. `ports` are tried in order; `served`: torchrun serves the store itself."""
+
+    host: str
+    ports: tuple[int, ...]
+    served: bool = False
+
+
+class Outer(NamedTuple):
+    """A rank of a job that somebody else has started. `rank` of `world_size` in all of the job, `role_rank` in its
+    role; `node` tells the nodes of the job apart ("": by their host names); `restart` counts from 0."""
+
+    launcher: str
+    run_id: str
+    rank: int
+    world_size: int
+    local_rank: int
+    role: str
+    role_rank: int
+    node: str
+    restart: int
+    place: Place
+
+
+def find(env: Mapping[str, str]) -> Outer | None:
+    """The outer job of a process with that environment; None where there is none.
+
+    Raises `ConfigError` naming the variable that is missing or wrong, `MisuseError` where the ranks cannot meet.
+    """
+    if "TORCHELASTIC_RUN_ID" in env:
+        return _torchrun(env)
+    if "OMPI_COMM_WORLD_RANK" in env:  # before Slurm's: mpirun starts its daemons by srun
+        return _mpirun(env)
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        return _srun(env)
+    return None
+
+
+def _torchrun(env: Mapping[str, str]) -> Outer:
+    rank = _number(env, "RANK")
+    served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Outer(
+        "torchrun",
+        env["TORCHELASTIC_RUN_ID"],
+        rank,
+        _number(env, "WORLD_SIZE"),
+        _number(env, "LOCAL_RANK"),
+        env.get("ROLE_NAME", "default"),
+        _number(env, "ROLE_RANK", rank),
+        str(_number(env, "GROUP_RANK", 0)),
+        _number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+        Place(_text(env, "MASTER_ADDR"), (_number(env, "MASTER_PORT"),), served),
+    )
+
+
+def _srun(env: Mapping[str, str]) -> Outer:
+    job = env.get("SLURM_JOB_ID") or env.get("SLURM_JOBID", "")
+    run_id = f"{job}.{env['SLURM_STEP_ID']}"
+    rank = _number(env, "SLURM_PROCID")
+    size = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    host = env.get("MASTER_ADDR") or _first_node(nodes)
+    return Outer(
+        "srun",
+        run_id,
+        rank,
+        size,
+        _number(env, "SLURM_LOCALID"),
+        "default",
+        rank,
+        str(_number(env, "SLURM_NODEID")),
+        0,
+        Place(host, _ports(env, f"slurm {run_id}")),
+    )
+
+
+def _mpirun(env: Mapping[str, str]) -> Outer:
+    rank, size = _number(env, "OMPI_COMM_WORLD_RANK"), _number(env, "OMPI_COMM_WORLD_SIZE")
+    host = env.get("MASTER_ADDR", "")
+    if not host and _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", size) == size:
+        host = "localhost"
+    if not host:
+        raise MisuseError(
+            f"the {size} ranks of this mpirun job are on several hosts and none knows where rank 0 is: "
+            "start it with `mpirun -x MASTER_ADDR=<host of rank 0> ...`"
+        )
+    run_id = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or "mpirun"
+    return Outer(
+        "mpirun",
+        run_id,
+        rank,
+        size,
+        _number(env, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        "default",
+        rank,
+        "",
+        0,
+        Place(host, _ports(env, f"mpirun {run_id}")),
+    )
+
+
+def _first_node(nodes: str) -> str:
+    """Where rank 0 is: "gpu[01-03,07],login" begins with gpu01."""
+    depth, end = 0, len(nodes)
+    for index, letter in enumerate(nodes):
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and not depth:
+            end = index
+            break
+    try:
+        first = expand_range(nodes[:end])[0]
+    except ValueError as error:
+        raise ConfigError(f"SLURM_STEP_NODELIST={nodes!r} in the environment: {error}") from None
+    if not first:
+        raise ConfigError("SLURM_STEP_NODELIST is not set: set MASTER_ADDR to the host of rank 0")
+    return first
+
+
+def _ports(env: Mapping[str, str], job: str) -> tuple[int, ...]:
+    """The one that is set, else some below those that the kernel gives to outgoing connections."""
+    if env.get("MASTER_PORT"):
+        return (_number(env, "MASTER_PORT"),)
+    start = crc32(job.encode())
+    return tuple(_LOWEST_PORT + (start + n) % _PORTS for n in range(_NEIGHBOURS))
+
+
+def _text(env: Mapping[str, str], name: str) -> str:
+    if not env.get(name):
+        raise ConfigError(f"{name} is not set in the environment, which torchrun does")
+    return env[name]
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name, "").strip()
+    if not text and default is not None:
+        return default
+    if not (text.isascii() and text.isdecimal()):
+        found = f"{name}={text!r}" if text else f"{name} is not set"
+        raise ConfigError(f"{found} in the environment: must be a whole number from 0")
+    return int(text)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,10 @@ _LEAVE_S = 2.0
 class ControlClient(Service):
     """One process's access to the control plane at `control`; implements `peer.context.Directory`.
 
-    `me`: which actor this process is (None: not an actor), `peer` its process id, `incarnation` the
-    number of its start, `actors` the plan. `told` gets what machines send to this process.
+    `me`: which actor this process is (None: not an actor; it then hears nothing of the others), `incarnation`
+    the number of its start, `actors` the plan. `patience`: seconds for which a
+    question is repeated when the control plane cannot be reached. `told` gets what machines send to this
+    process, each message once and in order; it counts as taken when what `told` gives has been awaited.
     """
 
     def __init__(
@@ -52,20 +55,21 @@ class ControlClient(Service):
         control: PeerAddress,
         *,
         me: ActorInfo | None,
-        peer: str,
         incarnation: int = 0,
         actors: Sequence[ActorInfo] = (),
+        patience: float = 3.0,
     ) -> None:
         super().__init__("control client")
         self._endpoint, self._control = endpoint, control
-        self._me, self._peer, self._incarnation = me, peer, incarnation
+        self._me, self._peer, self._incarnation = me, endpoint.peer, incarnation
         self._actors = {actor.name: actor for actor in actors}
-        self._asker = Asker(self._carry, self._give_up, Random(peer))
+        self._asker = Asker(self._carry, self._give_up, Random(endpoint.peer), patience)
         self._known: dict[str, PeerAddress] = {}
         self._resolving: dict[str, asyncio.Task[PeerAddress | RuntimeFault]] = {}
         self._causes: dict[str, str] = {}
         self._watching: asyncio.Task[None] | None = None
-        self.told: Callable[[Message], None] | None = None
+        self.told: Callable[[Message], Awaitable[object] | None] | None = None
+        self._heard = 0
 
     @property
     def control(self) -> PeerAddress:
@@ -88,13 +92,14 @@ class ControlClient(Service):
             {"op": "join", **who, "address": address, "metadata": dict(metadata or {})},
         )
 
-    async def leave(self) -> None:
-        """Tell the job that this process ends. Bounded; not being heard is no error."""
+    async def leave(self, *, final: bool = False) -> None:
+        """Tell the job that this process ends. `final`: it is not started again, and may go on by itself.
+        Bounded; not being heard is no error."""
         if self._watching is not None:
             self._watching.cancel()  # who has left is not answered any more
         try:
-            who = self._identity("leave")
-            await self.ask("membership", {"op": "leave", **who}, timeout=_LEAVE_S)
+            message = {"op": "leave", **self._identity("leave"), "final": final}
+            await self.ask("membership", message, timeout=_LEAVE_S)
         except (PeerLostError, TimeoutError, Closed) as error:
             logger.info("left without being heard: %s", error)
 
@@ -182,7 +187,8 @@ class ControlClient(Service):
 
     async def _on_start(self) -> None:
         self._endpoint.export("control.told", self._on_told)
-        self._watching = self.serve(self._watch(), "watch")
+        if self._me is not None:
+            self._watching = self.serve(self._watch(), "watch")
 
     async def _watch(self) -> None:
         """Keep up with the membership, one long poll after the other."""
@@ -222,9 +228,13 @@ class ControlClient(Service):
         return answer
 
     def _give_up(self, number: int) -> None:
-        if not self._closing:
+        if self._closing:
+            return
+        with suppress(RuntimeFault):  # it is said in the midst of a cancellation, which must go on
             self._endpoint.cast(self._control, "control.cancelled", (number,))
 
-    async def _on_told(self, message: dict[str, Any]) -> None:
-        if self.told is not None:
-            self.told(message)
+    async def _on_told(self, number: int, message: dict[str, Any]) -> None:
+        if number > self._heard and self.told is not None:  # else it comes a second time
+            self._heard = number
+            if (taken := self.told(message)) is not None:
+                await taken

@@ -1,0 +1,182 @@
+"""What `python -m runtime` shows: jobs and their workers as text for a terminal, and as plain data for JSON.
+
+Tables are as wide as the terminal lets them: what does not fit is cut off in the widest column, with an
+ellipsis. Nothing here asks anybody or looks at a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from runtime.launcher import report
+from runtime.launcher.records import Ended, JobEndpoint, JobStatus
+
+_COLOURS = {
+    "running": 32, "finished": 32, "exited": 32,
+    "starting": 33, "restarting": 33, "stopping": 33,
+    "failed": 31, "lost": 31,
+}  # fmt: skip
+_NARROWEST = 8
+_LISTED = ("job", "name", "stage", "started", "hosts", "code")
+_WORKER = ("worker", "host", "pid", "state", "restarts", "step", "cause")
+
+
+class Listed(NamedTuple):
+    """One line of `list`. `stage`: as in `JobStatus`."""
+
+    job: JobEndpoint
+    stage: str
+    end: Ended | None = None
+
+
+def status_text(status: JobStatus, now: float, width: int = 80, *, colour: bool = False) -> str:
+    """One job: its stage and since when, its hosts, a line for each worker. `now`: seconds since the epoch."""
+    name = f" ({status.name})" if status.name and status.name != status.job_id else ""
+    stage = _painted(status.stage, status.stage, colour)
+    words = "{} ago" if status.stage in ("finished", "failed") else "for {}"
+    since = " " + words.format(lasting(now - status.since)) if status.since else ""
+    lines = [f"job {status.job_id}{name}: {stage}{since}"]
+    facts = [("started", _when(status.started)), ("reason", status.reason)]
+    if status.exit_code is not None:
+        facts.append(("exit code", str(status.exit_code)))
+    if status.restarts:
+        facts.append(("restarts", str(status.restarts)))
+    facts.append(("logs", status.log_dir))
+    lines += [f"{key:<10} {value}" for key, value in facts if value]
+    if status.hosts:
+        lines += ["", *_hosts(status, width)]
+    if status.roles:
+        lines += ["", *_workers(status, width, colour)]
+    return "\n".join(lines) + "\n"
+
+
+def list_text(
+    listed: Sequence[Listed], now: float, width: int = 80, *, colour: bool = False
+) -> str:
+    """Jobs, a line each."""
+    rows = [
+        (
+            item.job.job_id,
+            item.job.name,
+            item.stage,
+            lasting(now - item.job.started) + " ago",
+            _hosts_in_short(item.job.hosts),
+            "" if item.end is None else str(item.end.code),
+        )
+        for item in listed
+    ]
+    return "\n".join(table(_LISTED, rows, width, colour)) + "\n"
+
+
+def _hosts_in_short(hosts: Sequence[str]) -> str:
+    return hosts[0] + (f" +{len(hosts) - 1}" if len(hosts) > 1 else "")
+
+
+def _hosts(status: JobStatus, width: int) -> list[str]:
+    rows = [
+        (host.host, _text(host.pid), _age(host.last_heartbeat_s), host.problem)
+        for host in status.hosts
+    ]
+    return table(["host", "agent", "heard of", ""], rows, width)
+
+
+def _workers(status: JobStatus, width: int, colour: bool) -> list[str]:
+    rows = [
+        (
+            worker.name,
+            worker.host,
+            _text(worker.pid),
+            worker.state,
+            _text(worker.restart_count or None),
+            _text(worker.step),
+            worker.cause,
+        )
+        for workers in status.roles.values()
+        for worker in workers
+    ]
+    return table(_WORKER, rows, width, colour)
+
+
+def table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], width: int, colour: bool = False
+) -> list[str]:
+    """Columns as wide as they need to be, left out where they are empty, and no wider in all than `width`."""
+    full = [tuple(titles), *map(tuple, rows)]
+    kept = [i for i in range(len(titles)) if any(row[i] for row in full[1:]) or i == 0]
+    lines = [[row[i] for i in kept] for row in full]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(kept))]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    return [
+        "  ".join(
+            _painted(_fitted(cell, space), cell, colour)
+            for cell, space in zip(line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def _fitted(cell: str, width: int) -> str:
+    return cell.ljust(width) if len(cell) <= width else cell[: width - 1] + "…"
+
+
+def _painted(text: str, state: str, colour: bool) -> str:
+    return f"\x1b[{_COLOURS[state]}m{text}\x1b[0m" if colour and state in _COLOURS else text
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _age(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.0f} s ago"
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S") if seconds else ""
+
+
+def lasting(seconds: float) -> str:
+    """A time in words: "12 s", "3 min 5 s", "2 h 10 min", "4 d 3 h"."""
+    whole = max(0, int(seconds))
+    for unit, size, part, smaller in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller} {part}"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+def ended_status(job: JobEndpoint, end: Ended | None) -> JobStatus:
+    """What is known of a job that does not run any more; `end` None: nobody was left to say how it ended."""
+    lost = f"its control plane does not answer; how it ended is not in {job.log_dir} here"
+    return JobStatus(
+        stage="lost" if end is None else end.stage,
+        exit_code=None if end is None else end.code,
+        restarts=0 if end is None else end.outcome.restarts,
+        roles={},
+        job_id=job.job_id,
+        name=job.name,
+        started=job.started,
+        since=0.0 if end is None else end.at,
+        reason=lost if end is None else _why(end.outcome),
+        log_dir=job.log_dir,
+    )
+
+
+def _why(outcome: report.Outcome) -> str:
+    if outcome.failures:
+        first = outcome.failures[0]
+        return f"{first.name} on {first.host}: {report.cause(first)}"
+    return outcome.detail or (report.end_words(outcome) if outcome.end != "finished" else "")
+
+
+def plain(value: Any) -> Any:
+    """A record as JSON can hold it."""
+    if hasattr(value, "_asdict"):
+        return {key: plain(part) for key, part in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from runtime.control.public import members_async as members_async
     from runtime.data.queue import DataQueue as DataQueue
     from runtime.data.queue import Leased as Leased
+    from runtime.embedding import init as init
+    from runtime.embedding import shutdown as shutdown
     from runtime.errors import ArgumentError as ArgumentError
     from runtime.errors import BarrierBroken as BarrierBroken
     from runtime.errors import CallGroupError as CallGroupError
@@ -78,6 +80,7 @@ _NAMES_BY_MODULE = {
         "members_async",
     ),
     "runtime.data.queue": ("DataQueue", "Leased"),
+    "runtime.embedding": ("init", "shutdown"),
     "runtime.errors": (
         "ArgumentError",
         "BarrierBroken",

@@ -75,12 +75,15 @@ def read_config(path: str | None = None, env: Mapping[str, str] | None = None) -
 
 
 def own_rank() -> int:
-    """The rank of this process in its role, as its launcher set it (`RANK`); 0 outside of a job.
+    """The rank of this process, as its launcher set it: `RANK`, else mpirun's or srun's; 0 outside of a job.
     Raises `ConfigError`."""
-    text = os.environ.get("RANK", "").strip() or "0"
-    if not (text.isascii() and text.isdecimal()):
-        raise ConfigError(f"RANK={text!r} in the environment: must be a whole number from 0")
-    return int(text)
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
+        text = os.environ.get(name, "").strip()
+        if text.isascii() and text.isdecimal():
+            return int(text)
+        if text:
+            raise ConfigError(f"{name}={text!r} in the environment: must be a whole number from 0")
+    return 0
 
 
 def _read(name: str) -> str:

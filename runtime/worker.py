@@ -181,12 +181,13 @@ class _StopRequest:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         # In a process that the program forks, its signals are its own business.
-        os.register_at_fork(after_in_child=self._restore)
+        os.register_at_fork(after_in_child=self.give_back)
         threading.Thread(
             target=self._watch, args=(wake,), name="runtime-signals", daemon=True
         ).start()
 
-    def _restore(self) -> None:
+    def give_back(self) -> None:
+        """SIGTERM ends the process again, as it does by default."""
         if self._is_ours():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.set_wakeup_fd(-1)
@@ -353,6 +354,24 @@ class _Run:
         with process_group.opened(self._spec):
             entrypoint.run_program(program)
 
+    def join_from_program(self, rpc_names: frozenset[str]) -> None:
+        """Of a program that runs already: connect, and let others know when it is fit to be called."""
+        self._to_declare = set(rpc_names)
+        self._handlers.use_thread()
+        on_main = threading.current_thread() is threading.main_thread()
+        if on_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._stop.install()
+        self._start_for_program()
+
+    def quit_from_program(self, *, leave: bool) -> None:
+        """End what `join_from_program` began. Not `leave`: others hear of the process's end from the agent."""
+        if self._peer is None or os.getpid() != self._pid:
+            return
+        self._stop.give_back()
+        if leave and self._peer.running:
+            self._peer.run(self._peer.node.control.leave(final=True))
+        self._peer.stop(_NODE_CLOSE_S, leave=False)
+
     def _start_for_program(self) -> None:
         with self._starting:
             if context.installed() is not None:
@@ -483,3 +502,24 @@ class _Run:
         if self._peer is not None and os.getpid() == self._pid:
             self._peer.stop(_NODE_CLOSE_S, leave=code == 0)
         return code
+
+
+# -- in somebody else's job -------------------------------------------------------------------
+
+
+class Guest:
+    """The worker that a program has become which torchrun, srun or mpirun has started (`embedding.py`).
+
+    The program's end stays its own: nothing is said to the job then, its agent sees how it ends.
+    """
+
+    def __init__(self, spec: WorkerSpec, rpc_names: frozenset[str]) -> None:
+        """Join the job; others find this process once all `rpc_names` are declared. SIGTERM becomes a stop request
+        where nobody handles it."""
+        _slot.worker = self.worker = Worker(spec)
+        self._run = _Run(spec, self.worker, self.worker._stop)
+        self._run.join_from_program(rpc_names)
+
+    def close(self, *, leave: bool) -> None:
+        """End the connections. `leave`: the process goes on without the job, which others are told."""
+        self._run.quit_from_program(leave=leave)

@@ -12,6 +12,7 @@ from runtime.config import (
     Coordinator,
     LogSpec,
     load_config,
+    own_rank,
     parse_log_spec,
 )
 from runtime.errors import ConfigError
@@ -126,3 +127,22 @@ def test_any_text_is_read_or_refused(text: str, log: str) -> None:
 def test_verbosity_moves_the_general_level_within_bounds(log: str, steps: int, level: int) -> None:
     config = load_config("", "", {"RUNTIME_LOG": f"{log},wire=error"}).louder(steps)
     assert config.log == LogSpec(level, (("runtime.wire", 40),))
+
+
+@pytest.mark.parametrize(
+    ("env", "rank"),
+    [({}, 0), ({"SLURM_PROCID": "2"}, 2), ({"OMPI_COMM_WORLD_RANK": "3", "SLURM_PROCID": "0"}, 3)],
+)
+def test_the_own_rank_is_what_the_launcher_says(
+    env: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert own_rank() == rank
+    monkeypatch.setenv("RANK", "5")
+    assert own_rank() == 5
+    monkeypatch.setenv("RANK", "five")
+    with pytest.raises(ConfigError, match="RANK='five'"):
+        own_rank()

@@ -189,6 +189,7 @@ _TESTED_WITH_ANOTHER = {
     "runtime/launcher/flags.py": "launcher/test_options.py",
     "runtime/launcher/place.py": "launcher/test_plan.py",
     "runtime/launcher/prepare.py": "launcher/test_plan.py",
+    "runtime/launcher/records.py": "launcher/test_screens.py",
 }
 
 

@@ -72,18 +72,21 @@ class _Role:
 class Supervision:
     """The machine "supervision".
 
-    Operations: begin{roles, stop_timeout_s, restart_timeout_s, timeout_s?}, exited{name, incarnation,
-    pid, code, signal, cause, at, seen, error, step} -> {final}, stop{reason, code, seen},
-    kill{reason, code, seen}.
-    A role is {name, policy, max, driver, actors: [{name, rank, agent, host}]}.
+    Operations: begin{agents, roles, stop_timeout_s, restart_timeout_s, timeout_s?}, exited{name,
+    incarnation, pid, code, signal, cause, at, seen, error, step} -> {final}, stop{reason, code, seen},
+    kill{reason, code, seen}, status{} -> {stage, since_s, code, reason, roles}.
+    A role is {name, policy, max, driver, actors: [{name, rank, agent, host}]}; `agents` are all of the job's.
     Directives: start{role, attempt, actors: {name: incarnation}}, stop{names, grace_s, why},
     kill{names}, end{code, reason, first, others}.
     """
 
     def __init__(self) -> None:
+        self._agents: list[str] = []
         self._roles: dict[str, _Role] = {}
         self._failures: list[Failure] = []
         self._stage = "new"
+        self._since = self._now = 0.0
+        """When the stage began, and when it is: log time."""
         self._code: int | None = None
         self._reason = ""
         self._stop_timeout_s = self._restart_timeout_s = 10.0
@@ -98,14 +101,17 @@ class Supervision:
             "exited": self._exited,
             "stop": self._stop,
             "kill": self._kill,
+            "status": self._status,
         }
 
     # -- the machine --------------------------------------------------------------------------
 
     def handle(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        self._now = now
         return operation("supervision", self._operations, message)(message, call, now)
 
     def tick(self, now: float) -> list[Effect]:
+        self._now = now
         if self._deadline is None or now < self._deadline:
             return []
         self._deadline = None
@@ -122,13 +128,14 @@ class Supervision:
     def lost(self, peer: str, cause: str, now: float) -> list[Effect]:
         """A process is gone; how it ended and what follows comes with `exited`. A lost agent takes
         its workers with it: they fail here."""
-        mine = [(r, a) for r in self._roles.values() for a in r.actors if a.agent == peer]
-        if mine or self._stage == "new":
+        self._now = now
+        if peer in self._agents or self._stage == "new":
             self._gone.add(peer)
         effects: list[Effect] = []
-        for role, actor in mine:
-            if actor.alive:
-                effects += self._ended(role, actor, {"code": _HOST_LOST, "cause": cause})
+        for role, actor in [(r, a) for r in self._roles.values() for a in r.actors]:
+            if actor.agent == peer and actor.alive:
+                report = {"code": _HOST_LOST, "cause": cause, "lost": True}
+                effects += self._ended(role, actor, report)
         return effects
 
     def why(self, call: Call) -> str | None:
@@ -136,9 +143,11 @@ class Supervision:
 
     def dump(self) -> dict[str, Any]:
         return {
+            "agents": self._agents,
             "roles": [asdict(role) for role in self._roles.values()],
             "failures": [asdict(failure) for failure in self._failures],
             "stage": self._stage,
+            "since": self._since,
             "code": self._code,
             "reason": self._reason,
             "timeouts": [self._stop_timeout_s, self._restart_timeout_s, self._timeout_s],
@@ -152,9 +161,11 @@ class Supervision:
             _Role(**{**role, "actors": [_Actor(**actor) for actor in role["actors"]]})
             for role in state["roles"]
         ]
+        self._agents = list(state["agents"])
         self._roles = {role.name: role for role in roles}
         self._failures = [Failure(**failure) for failure in state["failures"]]
         self._stage, self._code, self._reason = state["stage"], state["code"], state["reason"]
+        self._since = state["since"]
         self._stop_timeout_s, self._restart_timeout_s, self._timeout_s = state["timeouts"]
         self._deadline, self._seen = state["deadline"], state["seen"]
         self._gone = set(state["gone"])
@@ -165,15 +176,20 @@ class Supervision:
         if self._stage != "new":
             raise MisuseError("the job has begun already")
         roles = [_role_from(item) for item in message.get("roles") or []]
+        if not isinstance(message.get("agents"), list | tuple):
+            raise MisuseError(
+                f"'begin' needs 'agents', a list of peer ids, found {message.get('agents')!r}"
+            )
         if not any(role.driver and role.actors for role in roles):
             raise MisuseError("a job needs at least one actor of a driver role")
         self._roles = {role.name: role for role in roles}
+        self._agents = [str(agent) for agent in message["agents"]]
         self._stop_timeout_s = float(message.get("stop_timeout_s", 10.0))
         self._restart_timeout_s = float(message.get("restart_timeout_s", self._stop_timeout_s))
         if message.get("timeout_s") is not None:
             self._timeout_s = float(message["timeout_s"])
             self._deadline = now + self._timeout_s
-        self._stage = "running"
+        self._enter("running")
         effects: list[Effect] = []
         for role in roles:
             effects += self._start(role, role.actors)
@@ -206,6 +222,11 @@ class Supervision:
             actor.state = "killed"
         return effects + _to_names(alive, "kill") + _answer(call, {})
 
+    def _status(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        stage = {"stage": self._stage, "since_s": now - self._since}
+        roles = [{**asdict(role), "signatures": {}} for role in self._roles.values()]
+        return _answer(call, {**stage, "code": self._code, "reason": self._reason, "roles": roles})
+
     # -- what an end means --------------------------------------------------------------------
 
     def _ended(self, role: _Role, actor: _Actor, report: Message) -> list[Effect]:
@@ -230,28 +251,17 @@ class Supervision:
         seen = float(report.get("seen") or 0.0)
         at = float(report.get("at") or seen)
         number = whole(report, "signal", 0)
-        if asked and role.stop_seen is not None:
+        # Of a lost host nobody knows when it went, and what others fail with may well come of that: it
+        # counts, and before them, unless it was to stop for another reason than a failure.
+        lost = bool(report.get("lost")) and self._code is None
+        if asked and role.stop_seen is not None and not lost:
             # Before the stop could have reached it, or by somebody else's signal a moment later.
             foreign = not error and number not in (0, _SIGTERM) and not killed
             slack = SIGNAL_HEAD_START_S if foreign else 0.0
-            when = (at if error else seen) or inf  # of a lost host nobody knows when
+            when = (at if error else seen) or inf
             if when >= role.stop_seen + slack:
                 return False
-        failure = Failure(
-            actor.name,
-            role.name,
-            actor.rank,
-            actor.host,
-            whole(report, "pid", 0),
-            role.attempt,
-            actor.incarnation,
-            whole(report, "code", 0),
-            number,
-            text(report, "cause", ""),
-            at,
-            error,
-            report.get("step"),
-        )
+        failure = _failure(role, actor, report, at)
         self._failures = [*self._failures, failure][-_FAILURES_KEPT:]
         if role.stop_seen is None:
             role.stop_seen = self._seen = seen or at
@@ -298,7 +308,8 @@ class Supervision:
         drivers = [a for role in self._roles.values() if role.driver for a in role.actors]
         if not all(actor.state == "done" for actor in drivers):
             return []
-        self._stage, self._code = "finishing", 0
+        self._enter("finishing")
+        self._code = 0
         stop = self._stop_actors(self._alive(), self._stop_timeout_s, "the job is finished")
         return stop + self._maybe_end()
 
@@ -310,7 +321,8 @@ class Supervision:
         """Without `code` the job fails: with what code is decided when everybody has ended."""
         if self._stage not in ("running", "finishing"):
             return []
-        self._stage, self._reason, self._code = "stopping", reason, code
+        self._enter("stopping")
+        self._reason, self._code = reason, code
         alive = self._alive()
         for role in self._roles.values():
             role.restarting = False
@@ -328,24 +340,15 @@ class Supervision:
     def _maybe_end(self) -> list[Effect]:
         if self._alive():
             return []
-        self._stage = "ended"
+        self._enter("ended")
         self._deadline = None
-        current = [failure for failure in self._failures if not failure.recovered]
-        failed = self._code is None
-        first = root_of(current, self._failures) if failed else None
-        code = first.exit_code if first is not None else (self._code or 0)
-        others = [f for f in sorted(current, key=lambda f: f.happened) if f is not first]
-        end = _directive(
-            "end",
-            code=(code or 1) if failed else code,
-            reason=self._reason,
-            first=asdict(first) if first else None,
-            others=[asdict(failure) for failure in others] if failed else [],
-        )
-        agents = {actor.agent for role in self._roles.values() for actor in role.actors}
-        return [Send(agent, end) for agent in sorted(agents)]
+        end = _end(self._failures, self._code, self._reason)
+        return [Send(agent, end) for agent in self._agents]
 
     # -- helpers ------------------------------------------------------------------------------
+
+    def _enter(self, stage: str) -> None:
+        self._stage, self._since = stage, self._now
 
     def _start(self, role: _Role, actors: list[_Actor]) -> list[Effect]:
         for actor in actors:
@@ -371,6 +374,42 @@ class Supervision:
                 if actor.name == name:
                     return role, actor
         raise MisuseError(f"supervision knows no actor {name!r}")
+
+
+def _failure(role: _Role, actor: _Actor, report: Message, at: float) -> Failure:
+    return Failure(
+        actor.name,
+        role.name,
+        actor.rank,
+        actor.host,
+        whole(report, "pid", 0),
+        role.attempt,
+        actor.incarnation,
+        whole(report, "code", 0),
+        whole(report, "signal", 0),
+        text(report, "cause", ""),
+        at,
+        mapping(report, "error", {}),
+        report.get("step"),
+    )
+
+
+def _end(failures: list[Failure], code: int | None, reason: str) -> dict[str, Any]:
+    """The last directive. Without `code` the job has failed: with that of the first failure."""
+    current = [failure for failure in failures if not failure.recovered]
+    first = root_of(current, failures) if code is None else None
+    others = [f for f in sorted(current, key=lambda f: f.happened) if f is not first]
+    if code is None:
+        code = (first.exit_code if first is not None else 0) or 1
+    else:
+        others = []
+    return _directive(
+        "end",
+        code=code,
+        reason=reason,
+        first=asdict(first) if first else None,
+        others=[asdict(failure) for failure in others],
+    )
 
 
 def _repeated(role: _Role, failure: Failure, key: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from runtime import aio
 from runtime.cluster.ports import PortChooser
-from runtime.job import RoleSpec
+from runtime.job import ActorInfo, RoleSpec
 from runtime.launcher import child, spawn, zygote
 from runtime.launcher.assignment import Assignment
 from runtime.launcher.output import Capture, Outputs, Source
@@ -32,7 +32,7 @@ Ask = Callable[[str, Mapping[str, Any]], Coroutine[Any, Any, Any]]
 
 WORKER = "runtime.worker:main"
 PROGRAM = "runtime.launcher.child:exec_program"
-_ADDRESS = "127.0.0.1"
+_LOOPBACK = "127.0.0.1"
 
 
 class Prepared(NamedTuple):
@@ -43,52 +43,55 @@ class Prepared(NamedTuple):
     worker: NewWorker
 
 
+class Control(NamedTuple):
+    """The way to the control plane: `me` is this agent's peer id, `address` the agent that holds the plane."""
+
+    me: str
+    address: PeerAddress
+    ask: Ask
+
+
 class Starting:
     """Starts workers of this host. `service` owns the tasks that must not be cut short."""
 
     def __init__(
         self,
         assignment: Assignment,
-        agent: PeerAddress,
-        ask: Ask,
+        control: Control,
         *,
         starter: Starter,
         outputs: Outputs,
         service: aio.Service,
     ) -> None:
-        self._assignment, self._agent, self._ask = assignment, agent, ask
+        self._assignment, self._control = assignment, control
         self._starter, self._outputs, self._service = starter, outputs, service
-        self.actors = {info.name: info for info in planned_actors(assignment.plan)}
+        everyone = planned_actors(assignment.plan)
+        self._everyone = everyone
+        self.actors = {info.name: info for info in everyone if info.host == assignment.host}
+        """Those of this host, in plan order."""
         launches = assignment.plan.launches
         self._launches = {launch.env["RUNTIME_ACTOR"]: launch for launch in launches}
         self._ports = PortChooser(assignment.port_range)
         shared = assignment.arena if assignment.transport == "auto" else 0
-        self.arena = make_keeper(shared, len(self.actors))
+        self.arena = make_keeper(shared, len(self.actors)) if self.actors else None
         """For large buffers between the workers."""
-
-    async def open_rendezvous(self) -> None:
-        """Say what each elastic role needs before it can start."""
-        for role in self._assignment.plan.job.roles.values():
-            if role.kind == "elastic":
-                # One agent starts the workers of all hosts of the plan: they are all this machine.
-                opened = {"op": "open", "role": role.name, "min": 1, "max": 1}
-                await self._ask("rendezvous", opened)
 
     async def place(self, role: RoleSpec, attempt: int) -> Mapping[str, Any]:
         """Where this host's workers stand in the role: the outcome of a rendezvous round. Empty for
         roles that have none."""
         if role.kind != "elastic":
             return {}
+        mine = [info for info in self.actors.values() if info.role == role.name]
         message = {
             "op": "join",
             "role": role.name,
             "round": attempt,
-            "node": self._agent.peer,
-            "slots": role.total,
-            "addr": _ADDRESS,
+            "node": node_name(mine[0]),
+            "slots": len(mine),
+            "addr": self._assignment.address or _LOOPBACK,
             "port": self._ports.choose(),
         }
-        place: Mapping[str, Any] = await self._ask("rendezvous", message)
+        place: Mapping[str, Any] = await self._control.ask("rendezvous", message)
         return place
 
     def prepare(
@@ -113,7 +116,7 @@ class Starting:
     async def announce(self, prepared: Sequence[Prepared]) -> None:
         """Tell the membership that these incarnations are coming."""
         for item in prepared:
-            await self._ask("membership", self._starting(item.spec))
+            await self._control.ask("membership", self._starting(item.spec))
 
     async def processes(self, role: RoleSpec, prepared: Sequence[Prepared]) -> list[int]:
         """Start them; their pids. May be cancelled: what runs by then is killed. Raises `OSError`."""
@@ -157,7 +160,8 @@ class Starting:
         assignment, info, launch = self._assignment, self.actors[name], self._launches[name]
         rank, world_size = info.rank, info.world_size
         if place:
-            rank, world_size = place["first_rank"] + info.rank, place["world_size"]
+            mine = [name for name, other in self.actors.items() if other.role == role.name]
+            rank, world_size = place["first_rank"] + mine.index(name), place["world_size"]
         info = replace(info, rank=rank, world_size=world_size, restart_count=incarnation)
         folder = capture.folder or assignment.job_dir
         error_file = os.path.join(folder, "error.json" if capture.folder else f"{name}.json")
@@ -178,11 +182,12 @@ class Starting:
             info=info,
             entry=role.entry,
             env=worker_env(launch, assignment.env, start),
-            actors=tuple(self.actors.values()),
+            actors=self._everyone,
             peer=f"{name}.{token}",
             address=f"ipc://{assignment.job_dir}/{number}.{token}",
-            agent_peer=self._agent.peer,
-            agent_address=self._agent.address,
+            agent_peer=self._control.address.peer,
+            agent_address=self._control.address.address,
+            agent_host=self._control.address.host,
             agent_pid=os.getpid(),
             incarnation=incarnation,
             workdir=role.workdir or assignment.workdir,
@@ -193,6 +198,10 @@ class Starting:
             transport=assignment.transport,
             arena=self.arena.spec(list(self.actors).index(name)) if self.arena else None,
             shutdown_timeout_s=assignment.shutdown_timeout_s,
+            host_address=assignment.address,
+            security=assignment.security,
+            accept_from=assignment.accept_from,
+            port_range=assignment.port_range,
         )
 
     def _starting(self, spec: WorkerSpec) -> dict[str, Any]:
@@ -202,8 +211,13 @@ class Starting:
             "incarnation": spec.incarnation,
             "peer": spec.peer,
             "host": self._assignment.host,
-            "agent": self._agent.peer,
+            "agent": self._control.me,
         }
+
+
+def node_name(info: ActorInfo) -> str:
+    """What the host of an actor is called in the rendezvous of its role: nodes are in plan order by it."""
+    return f"node {info.node_rank} ({info.host})"
 
 
 def _order(spec: WorkerSpec) -> child.Order:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from runtime import aio
 from runtime.cluster.exits import OwnReport, oom_kills, read_report, wall_clock
-from runtime.cluster.starting import Ask, Starting
+from runtime.cluster.starting import Control, Starting
 from runtime.errors import RuntimeFault
 from runtime.job import RoleSpec
 from runtime.launcher import spawn
@@ -28,11 +29,9 @@ from runtime.launcher.output import Capture, Outputs
 from runtime.launcher.plan import WorkerSpec
 from runtime.launcher.starter import Starter
 from runtime.launcher.watch import Watch
-from runtime.peer.context import PeerAddress
 
 logger = logging.getLogger(__name__)
 
-_RESTART_GRACE_S = 2.0
 _LAST_OUTPUT_S = 1.0
 _SHOWN_LINES = 50
 
@@ -61,7 +60,8 @@ class _Ended(NamedTuple):
 
 
 class Supervisor(aio.Service):
-    """Carries out directives on this host. `ended` is set to the directive "end" when it came.
+    """Carries out directives on this host. `ended` is set to the directive "end" when it came; what only
+    this host knows of the failures is added then.
 
     `notify` gets events for the launcher (plain data): started, exited, message.
     """
@@ -69,20 +69,22 @@ class Supervisor(aio.Service):
     def __init__(
         self,
         assignment: Assignment,
-        agent: PeerAddress,
-        ask: Ask,
+        control: Control,
         *,
         starter: Starter,
         outputs: Outputs,
         notify: Callable[[dict[str, Any]], None],
     ) -> None:
         super().__init__("supervisor")
-        self._assignment, self._agent, self._ask = assignment, agent, ask
+        self._assignment, self._ask = assignment, control.ask
         self._starter, self._outputs, self._notify = starter, outputs, notify
         self._starting = Starting(
-            assignment, agent, ask, starter=starter, outputs=outputs, service=self
+            assignment, control, starter=starter, outputs=outputs, service=self
         )
-        self._actors = self._starting.actors
+        self._incarnations: dict[str, int] = {}
+        """The newest that was to be started, by actor."""
+        self._left = False
+        self._fewer = asyncio.Event()
         self._processes: dict[str, _Process] = {}
         self._starts: dict[str, asyncio.Task[None]] = {}
         self._tails: dict[tuple[str, int], Capture] = {}
@@ -90,43 +92,16 @@ class Supervisor(aio.Service):
         self._reports: asyncio.Queue[list[_Ended] | dict[str, Any]] = asyncio.Queue()
         self._telling = asyncio.Lock()
         self.ended: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.not_ours: Callable[[], Sequence[int]] = tuple
+        """Children of this process that somebody else waits for."""
 
     # -- from outside -------------------------------------------------------------------------
-
-    async def begin(self) -> None:
-        """Declare the job's actors and start them all."""
-        assignment = self._assignment
-        actors = [
-            {"name": info.name, "role": info.role, "rank": info.rank, "host": info.host}
-            for info in self._actors.values()
-        ]
-        await self._ask("membership", {"op": "declare", "actors": actors})
-        await self._starting.open_rendezvous()
-        begin = {
-            "op": "begin",
-            "roles": [self._supervised(role) for role in assignment.plan.job.roles.values()],
-            "stop_timeout_s": assignment.shutdown_timeout_s,
-            "restart_timeout_s": min(_RESTART_GRACE_S, assignment.shutdown_timeout_s),
-            "timeout_s": assignment.timeout_s,
-        }
-        await self._ask("supervision", begin)
-
-    async def stop(self, reason: str, code: int) -> None:
-        """Ask all workers to stop; the job ends with `code`."""
-        message = {"op": "stop", "reason": reason, "code": code, "seen": wall_clock()}
-        await self._ask("supervision", message)
-
-    async def kill(self, reason: str, code: int) -> None:
-        """Kill all workers now."""
-        await self._ask("supervision", {"op": "kill", "reason": reason, "code": code})
 
     def directive(self, message: Mapping[str, Any]) -> None:
         """Take a directive of the machine. Never blocks, never raises."""
         match message["op"]:
             case "start":
-                names = ", ".join(message["actors"])
-                task = self.spawn(self._start(message), f"start of {names}")
-                self._starts.update(dict.fromkeys(message["actors"], task))
+                self._begin_start(message)
             case "stop":
                 self._ask_to_stop(message)
             case "kill":
@@ -135,20 +110,39 @@ class Supervisor(aio.Service):
             case "end":
                 self._reports.put_nowait(dict(message))
 
+    def workers(self) -> list[dict[str, Any]]:
+        """The worker processes that run here now."""
+        return [
+            {"name": p.spec.info.name, "incarnation": p.spec.incarnation, "pid": p.watch.pid}
+            for p in self._processes.values()
+        ]
+
+    async def leave(self, grace_s: float) -> None:
+        """The job is over for this host, for whatever reason: end all workers within `grace_s` seconds and
+        tell nobody. What starts or lives after that is the caller's to kill."""
+        self._left = True
+        self._ask_to_stop({"names": [*self._starts, *self._processes], "grace_s": grace_s})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self._processes:
+                    self._fewer.clear()
+                    await self._fewer.wait()
+
     # -- starting -----------------------------------------------------------------------------
 
-    def _supervised(self, role: RoleSpec) -> dict[str, Any]:
-        actors = [info for info in self._actors.values() if info.role == role.name]
-        return {
-            "name": role.name,
-            "policy": role.restart.policy if role.restart.max > 0 else "never",
-            "max": role.restart.max,
-            "driver": role.driver,
-            "actors": [
-                {"name": a.name, "rank": a.rank, "agent": self._agent.peer, "host": a.host}
-                for a in actors
-            ],
+    def _begin_start(self, message: Mapping[str, Any]) -> None:
+        actors = {
+            name: incarnation
+            for name, incarnation in message["actors"].items()
+            if incarnation > self._incarnations.get(name, -1)
         }
+        if not actors or self._left:  # it came a second time, or too late
+            return
+        self._incarnations |= actors
+        task = self.spawn(
+            self._start({**message, "actors": actors}), f"start of {', '.join(actors)}"
+        )
+        self._starts.update(dict.fromkeys(actors, task))
 
     async def _start(self, message: Mapping[str, Any]) -> None:
         """Start some actors of one role. What cannot be started is reported as having failed."""
@@ -193,9 +187,8 @@ class Supervisor(aio.Service):
 
     def _ask_to_stop(self, message: Mapping[str, Any]) -> None:
         grace_s, names = float(message["grace_s"]), list(message["names"])
-        logger.info(
-            "asking %s to stop: %s", ", ".join(names), message["why"] or "the job has failed"
-        )
+        why = message.get("why") or "the job has failed"
+        logger.info("asking %s to stop: %s", ", ".join(names), why)
         loop = asyncio.get_running_loop()
         for name in names:
             if task := self._starts.get(name):
@@ -215,6 +208,7 @@ class Supervisor(aio.Service):
     def _exited(self, watch: Watch, exit: spawn.Exit) -> None:
         process = next(p for p in self._processes.values() if p.watch is watch)
         del self._processes[process.spec.info.name]
+        self._fewer.set()
         if process.kill_timer is not None:
             process.kill_timer.cancel()
         self._reclaim(process.spec)
@@ -252,6 +246,8 @@ class Supervisor(aio.Service):
                 await self._tell(end)
 
     async def _tell(self, end: _Ended) -> None:
+        if self._left:
+            return
         process, spec = end.process, end.process.spec
         name, incarnation = spec.info.name, spec.incarnation
         cause = end.exit.cause
@@ -281,7 +277,7 @@ class Supervisor(aio.Service):
         self, incarnations: Mapping[str, int], exit: spawn.Exit, reason: str
     ) -> None:
         now = wall_clock()
-        for name, incarnation in incarnations.items():
+        for name, incarnation in incarnations.items() if not self._left else ():
             if name in self._processes:  # this one was started before the start failed
                 self._processes[name].watch.kill()
                 continue
@@ -292,7 +288,7 @@ class Supervisor(aio.Service):
         while True:
             await asyncio.sleep(1.0)
             known = [process.watch.pid for process in self._processes.values()]
-            spawn.reap_orphans([*known, *self._starter.zygote_pids])
+            spawn.reap_orphans([*known, *self._starter.zygote_pids, *self.not_ours()])
 
     async def _finish(self, end: dict[str, Any]) -> None:
         """Add what only this host knows to the job's end: last lines and where the logs are."""

@@ -26,17 +26,24 @@ Carry = Callable[[int, Message], "asyncio.Future[Any]"]
 
 _SAY_AFTER_S = 10.0
 _WITHDRAW_S = 2.0
-_RECONNECT_S = 3.0
 
 
 class Asker:
     """Numbers the questions of one client. To be used on one event loop.
 
     `give_up` is called with the number of a question whose caller was cancelled; it must not wait.
+    `patience`: seconds for which a question is repeated while the control plane cannot be reached.
     """
 
-    def __init__(self, carry: Carry, give_up: Callable[[int], None], random: Random) -> None:
+    def __init__(
+        self,
+        carry: Carry,
+        give_up: Callable[[int], None],
+        random: Random,
+        patience: float = 3.0,
+    ) -> None:
         self._carry, self._give_up, self._random = carry, give_up, random
+        self._patience = patience
         self._last = 0
         self._open: set[int] = set()
 
@@ -44,7 +51,7 @@ class Asker:
         self, machine: str, message: Message, timeout: float | None = None, *, quiet: bool = False
     ) -> Any:
         """The machine's answer. Raises its error, or `Timeout` saying in words what was missing, or
-        `PeerLostError` when the control plane cannot be reached for some seconds.
+        `PeerLostError` when the control plane cannot be reached for that long.
 
         `timeout`: seconds, None for no limit. After 10 s it logs once what it waits for, unless `quiet`.
         Cancelling withdraws the question.
@@ -91,7 +98,7 @@ class Asker:
                     return await self._withdraw(number, future, now - started)
                 if future.done():
                     unreachable_since = unreachable_since or now
-                    if now - unreachable_since > _RECONNECT_S:
+                    if now - unreachable_since > self._patience:
                         return future.result()
                     await backoff.wait()
                     future = self._send(number, command)

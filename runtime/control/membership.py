@@ -75,6 +75,16 @@ class _Member:
 
 
 @dataclass(slots=True)
+class _Agent:
+    """The agent of a host. `seen`: when it was last heard of."""
+
+    seen: float
+    host: str = ""
+    address: str = ""
+    node_rank: int = 0
+
+
+@dataclass(slots=True)
 class _Wait:
     """A question that has no answer yet."""
 
@@ -88,14 +98,15 @@ class Membership:
     """The machine "membership". `heartbeat_timeout`, `fate_timeout`: seconds.
 
     Operations: declare{actors}, starting{name, incarnation, peer, host, pid}, join{name, incarnation,
-    peer, address, metadata}, leave{name, incarnation, peer}, exited{name, incarnation, peer, cause,
-    code, final}, heartbeat{progress?}, resolve{name}, fate{peer}, members{}, watch{since}.
+    peer, address, metadata}, leave{name, incarnation, peer, final?}, exited{name, incarnation, peer, cause,
+    code, final}, agent{host, address, node_rank, peer?}, agents{}, gone{cause}, heartbeat{progress?},
+    resolve{name}, fate{peer}, members{}, watch{since}.
     """
 
     def __init__(self, *, heartbeat_timeout: float = 10.0, fate_timeout: float = 2.0) -> None:
         self._heartbeat_timeout, self._fate_timeout = heartbeat_timeout, fate_timeout
         self._members: dict[str, _Member] = {}
-        self._agents: dict[str, float] = {}
+        self._agents: dict[str, _Agent] = {}
         self._waits: dict[Call, _Wait] = {}
         self._version = 0
         self._operations: dict[str, Operation] = {
@@ -104,6 +115,9 @@ class Membership:
             "join": self._join,
             "leave": self._leave,
             "exited": self._exited,
+            "agent": self._agent,
+            "agents": self._list_agents,
+            "gone": self._gone,
             "heartbeat": self._heartbeat,
             "resolve": self._resolve,
             "fate": self._fate,
@@ -119,10 +133,9 @@ class Membership:
     def tick(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         for agent in [
-            a for a, seen in self._agents.items() if seen + self._heartbeat_timeout <= now
+            name for name, a in self._agents.items() if a.seen + self._heartbeat_timeout <= now
         ]:
             effects += self.lost(agent, "host unreachable", now)
-            effects.append(_lost_event(agent, "host unreachable", agent, gone=True))
         for call, wait in list(self._waits.items()):
             if wait.until is not None and wait.until <= now:
                 del self._waits[call]
@@ -131,7 +144,7 @@ class Membership:
 
     def deadline(self) -> float | None:
         due = [wait.until for wait in self._waits.values() if wait.until is not None]
-        due += [seen + self._heartbeat_timeout for seen in self._agents.values()]
+        due += [agent.seen + self._heartbeat_timeout for agent in self._agents.values()]
         return min(due, default=None)
 
     def cancelled(self, call: Call, now: float) -> list[Effect]:
@@ -142,11 +155,12 @@ class Membership:
         """A member is gone, or an agent, and with it all that it started."""
         for call in [call for call in self._waits if call.client == peer]:
             del self._waits[call]
-        self._agents.pop(peer, None)
         effects: list[Effect] = []
         for member in self._members.values():
             if member.state in _LIVE and peer in (member.peer, member.agent):
                 effects += self._end(member, "failed", cause, None)
+        if self._agents.pop(peer, None) is not None:
+            effects.append(_lost_event(peer, cause, peer, gone=True))
         return effects
 
     def why(self, call: Call) -> str | None:
@@ -164,14 +178,14 @@ class Membership:
         return {
             "version": self._version,
             "members": [asdict(member) for member in self._members.values()],
-            "agents": dict(self._agents),
+            "agents": {peer: asdict(agent) for peer, agent in self._agents.items()},
             "waits": [[call_state(call), asdict(wait)] for call, wait in self._waits.items()],
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self._version = state["version"]
         self._members = {item["name"]: _Member(**item) for item in state["members"]}
-        self._agents = dict(state["agents"])
+        self._agents = {peer: _Agent(**agent) for peer, agent in state["agents"].items()}
         self._waits = {call_from(call): _Wait(**wait) for call, wait in state["waits"]}
 
     # -- what agents and members say ----------------------------------------------------------
@@ -202,7 +216,7 @@ class Membership:
             effects = self._begin(member, incarnation, peer)
         member.host, member.pid, member.agent = host, pid, agent
         if agent:
-            self._agents.setdefault(agent, now)
+            self._agents.setdefault(agent, _Agent(now))
         return effects + self._changed(member) + _answer(call, {"version": self._version})
 
     def _join(self, message: Message, call: Call | None, now: float) -> list[Effect]:
@@ -227,7 +241,8 @@ class Membership:
         effects: list[Effect] = []
         if member.state in _LIVE:
             # Its agent will say whether it is started again; without one it is gone.
-            effects = self._end(member, "restarting" if member.agent else "exited", "left", None)
+            again = bool(member.agent) and not flag(message, "final", False)
+            effects = self._end(member, "restarting" if again else "exited", "left", None)
         # The answer first: with the end of its process nothing is owed to the caller any more.
         return _answer(call, {}) + effects
 
@@ -245,10 +260,21 @@ class Membership:
             member.settled = final
         return effects + _answer(call, {"accepted": current})
 
+    def _agent(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        peer = text(message, "peer", call.client if call else "")
+        host, address = text(message, "host"), text(message, "address")
+        self._agents[peer] = agent = _Agent(now, host, address, whole(message, "node_rank"))
+        return [*_answer(call, {}), Emit({"kind": "agent", **_agent_facts(peer, agent)})]
+
+    def _gone(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        """An agent says of itself that it takes part no more."""
+        call = asked(message, call)
+        return [Reply(call, {}), *self.lost(call.client, text(message, "cause"), now)]
+
     def _heartbeat(self, message: Message, call: Call | None, now: float) -> list[Effect]:
         progress = mapping(message, "progress", {})
         agent = call.client if call else text(message, "agent")
-        self._agents[agent] = now
+        self._agents.setdefault(agent, _Agent(now)).seen = now
         for name, report in progress.items():
             if name in self._members and isinstance(report, dict):
                 member = self._members[name]
@@ -279,6 +305,15 @@ class Membership:
 
     def _list(self, message: Message, call: Call | None, now: float) -> list[Effect]:
         return _answer(call, [_facts(member) for member in self._members.values()])
+
+    def _list_agents(self, message: Message, call: Call | None, now: float) -> list[Effect]:
+        return _answer(
+            call,
+            [
+                {**_agent_facts(peer, agent), "quiet_s": now - agent.seen}
+                for peer, agent in self._agents.items()
+            ],
+        )
 
     def _watch(self, message: Message, call: Call | None, now: float) -> list[Effect]:
         call, since = asked(message, call), whole(message, "since", 0)
@@ -371,6 +406,11 @@ class Membership:
 def _facts(member: _Member) -> dict[str, Any]:
     """What others may know of a member."""
     return {name: getattr(member, name) for name in _PUBLIC}
+
+
+def _agent_facts(peer: str, agent: _Agent) -> dict[str, Any]:
+    where = {"host": agent.host, "address": agent.address, "node_rank": agent.node_rank}
+    return {"peer": peer, **where}
 
 
 def _resolved(call: Call, member: _Member) -> Effect | None:

@@ -16,12 +16,12 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from runtime.aio import Service
+from runtime.aio import Backoff, Service
 from runtime.control.asking import Asker
 from runtime.control.messages import error_state
 from runtime.control.plane import Plane
 from runtime.driver import Driver
-from runtime.errors import Closed
+from runtime.errors import Closed, PeerLostError, RuntimeFault
 from runtime.machine import Call, Effect, Emit, Fail, Message, Reply, Send
 from runtime.peer.context import PeerAddress
 from runtime.peer.endpoint import Endpoint, current_call
@@ -51,12 +51,39 @@ class LogClock:
         return raw - self._lag
 
 
+class _Courier:
+    """Takes messages to one agent, in their order."""
+
+    def __init__(self, endpoint: Endpoint, agent: PeerAddress) -> None:
+        self._endpoint, self._agent = endpoint, agent
+        self.messages: asyncio.Queue[Message] = asyncio.Queue()
+        self.task: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        number, backoff = 0, Backoff(Random(self._agent.peer))
+        while True:
+            message = dict(await self.messages.get())
+            number += 1
+            while True:
+                try:
+                    await self._endpoint.call(self._agent, "control.told", (number, message))
+                except PeerLostError:  # until membership gives the agent up
+                    await backoff.wait()
+                    continue
+                except RuntimeFault as error:
+                    logger.error("%s did not take %s: %s", self._agent.peer, message, error)
+                backoff.reset()
+                self.messages.task_done()
+                break
+
+
 class ControlService(Service):
     """Serves the plane at `endpoint`.
 
-    `me` is the hosting agent's peer id ("agent-0.<hex8>"). `on_send` gets what machines send to that
-    agent (by peer id or name), `on_emit` every event; both are called on the loop and must not block.
-    `heartbeat_interval`: seconds.
+    `me` is the hosting agent's peer id ("@agent-0.<hex8>"). `on_send` gets what machines send to that
+    agent, `on_emit` every event; both are called on the loop and must not block. What machines send to
+    other agents is told to these one after the other, each until it was taken: nothing is lost with
+    a link, or overtaken. `heartbeat_interval`: seconds.
     """
 
     def __init__(
@@ -75,7 +102,7 @@ class ControlService(Service):
         self._heartbeat_interval = heartbeat_interval
         self._driver: Driver | None = None
         self._waiting: dict[Call, list[asyncio.Future[Any]]] = {}
-        self._addresses: dict[str, PeerAddress] = {}
+        self._couriers: dict[str, _Courier] = {}
         self._asker = Asker(self._post, self._give_up, Random(me))
 
     @property
@@ -88,8 +115,18 @@ class ControlService(Service):
         return await self._asker.ask(machine, message, timeout)
 
     def lost(self, peer: str, cause: str) -> None:
-        """A process is gone for good, and nobody else will say so (a client that is no member)."""
+        """A process is gone for good, and nobody else will say so (an agent, or a client that is no
+        member)."""
         self._running_driver().lost(peer, cause)
+
+    async def flush(self, timeout: float) -> None:
+        """Wait until the living agents have taken all that they were sent, at most `timeout` seconds."""
+        waits = [
+            self.spawn(courier.messages.join(), f"flush to {peer}")
+            for peer, courier in self._couriers.items()
+        ]
+        if waits:
+            await asyncio.wait(waits, timeout=timeout)
 
     def why(self, call: Call) -> str | None:
         """In words, what an unanswered call waits for."""
@@ -183,26 +220,24 @@ class ControlService(Service):
                 future.set_result(answer)
 
     def _send(self, to: str, message: Message) -> None:
-        if to in (self._me, self._me.rpartition(".")[0]):
+        if to == self._me:
             if self._on_send is not None:
                 self._on_send(message)
-        elif to in self._addresses:
-            self._endpoint.cast(self._addresses[to], "control.told", (dict(message),))
+        elif to in self._couriers:
+            self._couriers[to].messages.put_nowait(message)
         else:
-            logger.warning("no member %s to send %s to", to, message.get("op"))
+            logger.info("no agent %s (any more) to send %s to", to, message.get("op"))
 
     def _note(self, event: Message) -> None:
-        if event.get("kind") == "member" and event["state"] == "running":
-            self._addresses[event["peer"]] = PeerAddress(
-                event["peer"],
-                event["address"],
-                event["role"],
-                event["rank"],
-                event["host"],
-                event["incarnation"],
+        if event.get("kind") == "agent" and event["peer"] != self._me:
+            address = PeerAddress(
+                event["peer"], event["address"], "@agent", event["node_rank"], event["host"]
             )
+            courier = self._couriers[address.peer] = _Courier(self._endpoint, address)
+            courier.task = self.serve(courier.run(), f"courier to {address.peer}")
         elif event.get("kind") == "lost":
-            self._addresses.pop(event["peer"], None)
+            if (gone := self._couriers.pop(event["peer"], None)) is not None and gone.task:
+                gone.task.cancel()
             # Not in this turn: the answer to its own `leave` is still on its way out.
             loop = asyncio.get_running_loop()
             loop.call_later(_ANSWER_FIRST_S, self._endpoint.lose, event["peer"], event["cause"])

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from runtime.config import Config
 from runtime.errors import ConfigError
@@ -17,12 +17,26 @@ ADDRESS_LIMIT = 107
 _LONGEST_NAME = 24
 
 
+class Embedded(NamedTuple):
+    """The ranks of this host that somebody else has started: their processes by local rank, and how often the
+    outer launcher has started its job anew."""
+
+    pids: tuple[int, ...]
+    attempt: int
+
+
 @dataclass(frozen=True)
 class Assignment:
     """Everything an agent needs to know; it travels pickled over the agent's private pipe.
 
-    `plan.job.config` is pickled bytes, which only workers open. `log_dir` is the folder above the
-    jobs' folders; `env` what workers inherit; `settings` those of `--config`. Times are seconds.
+    `plan.job.config` is pickled bytes, which only workers open. `job_dir` is chosen by the agent itself
+    where it is ""; `log_dir` is the folder above the jobs' folders (of a remote host: may begin with "~");
+    `env` what workers inherit; `settings` those of `--config`. Times are seconds.
+
+    Of a job of several hosts: `node_rank` is the host's place in `plan.hosts`, `address` the IP address that
+    the others reach it by ("" on one-host jobs: no TCP at all), `accept_from` those of all hosts of the
+    job and of the launcher, `security` a `transport.security.Security`. `detached`: the agent goes on when
+    its input ends; `embedded`: somebody else starts the workers.
     """
 
     plan: Plan
@@ -38,6 +52,13 @@ class Assignment:
     timeout_s: float | None = None
     port_range: tuple[int, int] | None = None
     settings: Config = field(default_factory=Config)
+    node_rank: int = 0
+    address: str = ""
+    accept_from: tuple[str, ...] = ()
+    security: tuple[bytes, bytes, frozenset[bytes]] | None = None
+    detached: bool = False
+    embedded: Embedded | None = None
+    drain_timeout_s: float = 60.0
 
 
 def choose_job_dir(token: str, env: Mapping[str, str]) -> str:
@@ -50,6 +71,11 @@ def choose_job_dir(token: str, env: Mapping[str, str]) -> str:
     if base and fits and os.path.isabs(base) and os.access(base, os.W_OK | os.X_OK):
         return os.path.join(base, f"runtime-{token}")
     return f"/tmp/runtime-{os.getuid()}/{token}"
+
+
+def spec_file(job_dir: str, local_rank: int) -> str:
+    """Where an embedded rank finds its `WorkerSpec`, pickled. It removes the file."""
+    return os.path.join(job_dir, f"{local_rank}.spec")
 
 
 def make_job_dir(path: str) -> None:

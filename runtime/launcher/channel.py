@@ -1,6 +1,7 @@
 """The pipe between the launcher and an agent: framed, ordered, with back-pressure.
 
-A frame is five bytes of head (kind, length) and a body. Down (launcher to agent) go the job and then
+A frame is five bytes of head (kind, length), a body and a line feed: `srun` hands on what a program writes
+up to its last line feed, and keeps the rest. Down (launcher to agent) go the job and then
 stop and kill; up go events (msgpack) and the workers' console output (bytes as they are to be written).
 End of input means "the other side is gone" to both. The same frames are to travel over ssh's standard
 input and output, so bodies that come *up* are never unpickled.
@@ -11,9 +12,10 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgpack
 
@@ -35,6 +37,7 @@ class Kind(IntEnum):
     EVENT = 3  # up: msgpack dict: {"event": "hello" | "started" | "exited" | "waiting" | "end" ...}
     STDOUT = 4  # up: whole lines of workers, prefixed
     STDERR = 5
+    RELAY = 6  # both ways: a frame of another agent's link (`relay.py`)
 
 
 class Frame(NamedTuple):
@@ -54,7 +57,7 @@ class Frame(NamedTuple):
 
 def pack(kind: Kind, body: bytes) -> bytes:
     """One frame as bytes."""
-    return _HEAD.pack(kind, len(body)) + body
+    return _HEAD.pack(kind, len(body)) + body + b"\n"
 
 
 def unpack_head(head: bytes) -> tuple[Kind, int]:
@@ -69,6 +72,20 @@ def unpack_head(head: bytes) -> tuple[Kind, int]:
     return kind, length
 
 
+class Frames(Protocol):
+    """What frames go through: a `Channel`, or one that another agent's channel carries."""
+
+    @property
+    def pids(self) -> Sequence[int]:
+        """Local processes that carry other links, which live as long as those."""
+
+    def send(self, kind: Kind, body: bytes) -> None: ...
+    def send_message(self, kind: Kind, message: dict[str, Any]) -> None: ...
+    async def drain(self) -> None: ...
+    async def receive(self) -> Frame | None: ...
+    async def close(self, timeout: float = 1.0) -> None: ...
+
+
 class Channel:
     """Frames over two file descriptors, which it owns from `open` on. Used on one event loop."""
 
@@ -78,6 +95,7 @@ class Channel:
         read_transport: asyncio.ReadTransport,
         writer: asyncio.StreamWriter,
     ) -> None:
+        self.pids: Sequence[int] = ()
         self._reader, self._read_transport, self._writer = reader, read_transport, writer
 
     @classmethod
@@ -113,9 +131,16 @@ class Channel:
         """The next frame; None when the other side has ended (in whatever way)."""
         try:
             kind, length = unpack_head(await self._reader.readexactly(_HEAD.size))
-            return Frame(kind, await self._reader.readexactly(length))
+            return Frame(kind, (await self._reader.readexactly(length + 1))[:-1])
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
+
+    async def line(self) -> bytes:
+        """The next line of what comes before the first frame; b"" at the end. Raises `WireError`."""
+        try:
+            return await self._reader.readline()
+        except ValueError:
+            raise WireError("a line without an end before the first frame") from None
 
     async def close(self, timeout: float = 1.0) -> None:
         """Flush for at most `timeout` seconds, then close both directions. Idempotent."""

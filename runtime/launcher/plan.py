@@ -76,6 +76,10 @@ class WorkerSpec:
     actors of the job. `peer` ("trainer-0.3f2a90c1") and `address` ("ipc:///…/t0.3f2a90c1") are where this
     process must listen; `agent_peer`/`agent_address` is the control plane. `start_timeout_s` bounds the
     process group's set-up and the node check. `arena` is an `ArenaSpec` (`transport/arena_table.py`).
+
+    Of a job of several hosts: `host_address` is the IP address to listen on beside `address` ("": none),
+    `agent_host` the host of the control plane, `security` a `transport.security.Security`, `accept_from` the
+    addresses that may connect, `port_range` (low, high) where ports are to lie.
     """
 
     job_id: str
@@ -99,6 +103,11 @@ class WorkerSpec:
     arena: tuple[str, int] | None = None
     shutdown_timeout_s: float = 10.0
     start_timeout_s: float = 600.0
+    host_address: str = ""
+    agent_host: str = ""
+    security: tuple[bytes, bytes, frozenset[bytes]] | None = None
+    accept_from: tuple[str, ...] = ()
+    port_range: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,8 @@ class Facts:
     """What the launcher found around it. `files` holds the text of every file that the options name.
 
     `job_id` is the id drawn for this launch (`--rdzv-id` goes before it); `own_names` are the machine's
-    host names and addresses; `env` is the environment that workers inherit.
+    host names and addresses; `env` is the environment that workers inherit. `found`: the CPUs and GPUs of
+    other hosts, by name, once those have been asked.
     """
 
     job_id: str
@@ -117,6 +127,7 @@ class Facts:
     gpu_count: int = 0
     env: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    found: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Start(NamedTuple):
@@ -137,13 +148,10 @@ class Start(NamedTuple):
 def make_plan(options: LaunchOptions, hosts: Sequence[Host], job: JobSpec, *, facts: Facts) -> Plan:
     """Put every instance of every role on a host, with its command line and environment.
 
-    Raises `ConfigError`: the job is wrong, does not fit the hosts, or (unless it is only planned, with
-    `--dry-run`) some host is not this machine.
+    Raises `ConfigError`: the job is wrong, or does not fit the hosts.
     """
     validate(job)
     used = _enough_hosts(job, hosts)
-    if not options.dry_run:
-        _all_local(used)
     rooms = [Room(h.name, h.slots or job.device_per_node, h.role) for h in used]
     job = replace(job, roles={name: _fitted(role, rooms) for name, role in job.roles.items()})
     placed = place(job, rooms)
@@ -170,15 +178,6 @@ def _enough_hosts(job: JobSpec, hosts: Sequence[Host]) -> Sequence[Host]:
         [f"host {h.name}: role={h.role} is no role of the job ({roles})" for h in unknown]
     )
     return hosts[: job.node_num]
-
-
-def _all_local(hosts: Sequence[Host]) -> None:
-    remote = [host.name for host in hosts if not host.local]
-    if remote:
-        raise ConfigError(
-            f"only local hosts can be started yet: {', '.join(remote)} "
-            f"{'is' if len(remote) == 1 else 'are'} not this machine (--dry-run plans them)"
-        )
 
 
 def _fitted(role: RoleSpec, rooms: Sequence[Room]) -> RoleSpec:
@@ -305,13 +304,22 @@ def _identity(role: RoleSpec, info: ActorInfo, nodes: int, job_id: str) -> dict[
     }
 
 
+_TASK_ENV = (
+    {f"SLURM_{what}" for what in ("PROCID", "LOCALID", "NODEID", "NTASKS", "NPROCS", "GTIDS")}
+    | {f"SLURM_{what}" for what in ("TASK_PID", "STEP_NUM_TASKS", "STEP_TASKS_PER_NODE")}
+    | {f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
+    | {"PMI_RANK", "PMI_SIZE", "PMIX_RANK"}
+)
+"""Which task of `srun` or `mpirun` the launcher or an agent is."""
+
+
 def worker_env(launch: Launch, inherited: Mapping[str, str], start: Start) -> dict[str, str]:
     """The whole environment of a worker: inherited, then planned, then what this start decides.
 
     Who an outer job says we are (its RANK, MASTER_PORT and so on) is not inherited. A master address
     or port in the plan is the user's choice and goes before the round's.
     """
-    stale = IDENTITY_ENV | {"MASTER_ADDR", "MASTER_PORT"}
+    stale = IDENTITY_ENV | _TASK_ENV | {"MASTER_ADDR", "MASTER_PORT"}
     env = {name: value for name, value in inherited.items() if name not in stale}
     env |= launch.env
     env["TORCHELASTIC_RESTART_COUNT"] = str(start.restart_count)

@@ -9,9 +9,9 @@ buried under its consequences.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 MIN_WIDTH = 40
 MAX_TRACEBACK_LINES = 60
@@ -68,6 +68,7 @@ End = Literal[
     "terminated",
     "hangup",
     "quit",
+    "stopped",
 ]
 
 
@@ -97,6 +98,7 @@ _CODES: dict[End, int] = {
     "terminated": 128 + signal.SIGTERM,
     "hangup": 128 + signal.SIGHUP,
     "quit": 128 + signal.SIGQUIT,
+    "stopped": 128 + signal.SIGTERM,
 }
 
 
@@ -149,6 +151,16 @@ def waiting_for(names: Sequence[str], limit: int = 8) -> str:
     return f"waiting for {len(names)} rank{'' if len(names) == 1 else 's'}: {shown}{more}"
 
 
+def restarting(event: Mapping[str, Any]) -> str:
+    """What the event "restarting" says, in words."""
+    failure, names = event["failure"], event["names"]
+    what = names[0] if len(names) == 1 else f"all {len(names)} of {event['role']}"
+    return (
+        f"{failure['name']} failed ({failure['cause']}): restarting {what}, "
+        f"attempt {event['attempt']} of {event['max']}"
+    )
+
+
 # The box
 
 
@@ -160,7 +172,7 @@ def failure_box(outcome: Outcome, width: int = 80) -> str:
     if outcome.end == "finished":
         return ""
     width = max(MIN_WIDTH, width)
-    lines = [_rule(f" job {_job_words(outcome)} {_end_words(outcome)} ", width, "═")]
+    lines = [_rule(f" job {_job_words(outcome)} {end_words(outcome)} ", width, "═")]
     if outcome.detail:
         lines += _wrapped(outcome.detail, width)
     if outcome.failures:
@@ -180,7 +192,8 @@ def _job_words(outcome: Outcome) -> str:
     return job_id or name or "?"
 
 
-def _end_words(outcome: Outcome) -> str:
+def end_words(outcome: Outcome) -> str:
+    """How the job ended: "failed after 2 restarts", "stopped by Ctrl-C"."""
     if outcome.end == "failed" and outcome.restarts:
         return f"failed after {outcome.restarts} restart{'s' if outcome.restarts > 1 else ''}"
     if outcome.end == "timeout" and outcome.timeout_s is not None:
@@ -197,6 +210,7 @@ _WORDS: dict[End, str] = {
     "terminated": "stopped by SIGTERM",
     "hangup": "stopped: the terminal was closed",
     "quit": "stopped by SIGQUIT",
+    "stopped": "was stopped",
 }
 
 

@@ -1,8 +1,8 @@
-"""The launcher's part while a job runs: hand the agent its assignment, show what it says, pass on signals.
+"""The launcher's part while a job runs: hand the agents their assignments, show what they say, pass on signals.
 
-The first signal asks the job to stop, the second kills it, the third does not even wait for that. An
-agent that dies without a last word was killed: its workers die with it, and what is left of them and
-of the job's folder is removed from here.
+The first agent decides; the others only hear of what the launcher alone can know: which link has ended.
+The first signal asks the job to stop, the second kills it, the third does not even wait for that. An agent
+whose link ends without a last word is lost with its host. Of this machine, what it leaves is removed from here.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ import asyncio
 import os
 import pickle
 import signal
+import socket
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from runtime import aio
-from runtime.launcher import report, spawn
+from runtime.errors import ConfigError
+from runtime.launcher import jobs, report, spawn
 from runtime.launcher.assignment import Assignment, remove_job_dir
-from runtime.launcher.channel import Channel, Frame, Kind
+from runtime.launcher.channel import Frame, Kind
 from runtime.launcher.console import Console
-from runtime.launcher.watch import Watch
+from runtime.launcher.link import AgentLink
+from runtime.launcher.outcome import from_plain, with_lines
+from runtime.launcher.records import JobEndpoint
 from runtime.observe.logs import configure_logging
 
 _SIGNALS: Mapping[int, tuple[report.End, str]] = {
@@ -34,8 +39,13 @@ _SIGNALS: Mapping[int, tuple[report.End, str]] = {
 _TOLD_EVERY_S = 2.0
 _CLEANUP_S = 3.0
 _AFTER_END_S = 5.0
+_LAST_S = 3.0
+_LAST_WORDS_S = 2.0
 _AGENT_MARGIN_S = 8.0
 """What an agent may take beyond the time that its workers were given."""
+_PING_S = 1.0
+_FILES_S = 2.0
+"""Nobody waits longer for a home directory whose server is stuck."""
 
 
 class Signalled(NamedTuple):
@@ -46,57 +56,145 @@ class Signalled(NamedTuple):
     name: str
 
 
+@dataclass(eq=False)
+class _Host:
+    """One agent, and what is known of it. `why`: how it was lost."""
+
+    rank: int
+    link: AgentLink
+    assignment: Assignment
+    heard: float
+    reading: bool = True
+    end: dict[str, Any] | None = None
+    why: str = ""
+    detached: bool = False
+    """It goes on without us."""
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def name(self) -> str:
+        return self.assignment.host
+
+    def tell(self, op: str, **values: Any) -> None:
+        self.link.channel.send_message(Kind.COMMAND, {"op": op, **values})
+
+
 class Session(aio.Service):
     """One attached job. `run` gives its outcome; everything it shows is on the console by then.
 
-    `quiet`: restarts are not told.
+    `links`, `assignments`: of the plan's hosts, in their order. `quiet`: restarts are not told.
     """
 
     def __init__(
-        self, agent: spawn.LocalAgent, assignment: Assignment, *, quiet: bool = False
+        self,
+        links: Sequence[AgentLink],
+        assignments: Sequence[Assignment],
+        *,
+        quiet: bool = False,
     ) -> None:
         super().__init__("session")
-        self._agent, self._assignment, self._quiet = agent, assignment, quiet
+        now = asyncio.get_running_loop().time()
+        pairs = enumerate(zip(links, assignments, strict=True))
+        self._hosts = [_Host(rank, link, assignment, now) for rank, (link, assignment) in pairs]
+        self._first = self._hosts[0]
+        self._settings, self._quiet = self._first.assignment, quiet
+        beat = self._settings.settings.coordinator
+        self._silence_s = beat.heartbeat_timeout_ms / 1000
         self._console = Console()
-        configure_logging(assignment.settings.log, self._log)
-        self._channel: Channel | None = None
+        configure_logging(self._settings.settings.log, self._log)
         self._workers: dict[str, int] = {}
+        self._started: set[str] = set()
+        self._job: JobEndpoint | None = None
         self._restarts = 0
         self._signalled: Signalled | None = None
         self._signals = 0
         self._hurry = asyncio.Event()
-        self._end: dict[str, Any] | None = None
-        self._agent_exit: asyncio.Future[spawn.Exit] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> report.Outcome:
         """Until the job has ended. The launcher must be a subreaper before."""
         loop = asyncio.get_running_loop()
-        watch = Watch(self._agent.pid, lambda _, exit: self._agent_exit.set_result(exit))
-        channel = self._channel = await Channel.open(self._agent.read_fd, self._agent.write_fd)
-        channel.send(Kind.JOB, pickle.dumps(self._assignment, protocol=5))
+        for host in self._hosts:
+            host.link.channel.send(Kind.JOB, pickle.dumps(host.assignment, protocol=5))
         async with self:
+            for host in self._hosts:
+                self.spawn(self._read(host), f"agent of {host.name}")
             for number in _SIGNALS:
                 loop.add_signal_handler(number, self._on_signal, number)
-            while (frame := await channel.receive()) is not None:
-                await self._take(frame)
-            exit = await self._agent_ended(watch)
-        await channel.close()
-        outcome = self._outcome(exit)
+            remote = [host for host in self._hosts if not host.link.local]
+            if remote:
+                loop.add_signal_handler(signal.SIGTSTP, self._suspend, remote)
+                self.spawn(self._ping(remote), "ping")
+            await self._first.done.wait()
+            if not self._detached:
+                await self._end_others()
+                await self._close_links()
+        if self._detached:
+            return await self._leave()
+        outcome = self._outcome()
+        await self._keep(outcome)
         self._say(report.failure_box(outcome, _width()))
         await self._console.close(self._hurry)
         return outcome
 
-    async def _agent_ended(self, watch: Watch) -> spawn.Exit:
-        try:
-            async with asyncio.timeout(_AFTER_END_S):
-                return await asyncio.shield(self._agent_exit)
-        except TimeoutError:
-            watch.kill()
-            return await self._agent_exit
+    @property
+    def _detached(self) -> bool:
+        """Every agent knows that it goes on without us."""
+        return self._first.end is None and all(host.detached for host in self._hosts)
 
-    # -- what the agent says ------------------------------------------------------------------
+    async def _leave(self) -> report.Outcome:
+        """The job goes on without us."""
+        for host in self._hosts:
+            if not host.link.local:
+                host.link.kill()  # the ssh client, not the agent
+            await host.link.channel.close()
+        assert self._job is not None
+        self._console.write("stdout", f"{self._job.job_id}\n".encode())
+        self._say(jobs.detached_text(self._job))
+        await self._console.close(self._hurry)
+        return report.Outcome("finished", self._job.job_id)
 
-    async def _take(self, frame: Frame) -> None:
+    async def _end_others(self) -> None:
+        """The first agent has ended, or is gone: nobody else has anything more to do."""
+        others = self._hosts[1:]
+        end = self._first.end
+        lost = end is None
+        gone = end.get("lost_hosts", ()) if end else ()
+        # The others hear of the end by the control plane, unless it could not tell them.
+        after_s = 0.0 if end is None or end.get("undecided", True) else _LAST_WORDS_S
+        for host in others:
+            if host.rank in gone:  # what it does when it comes back is its own business
+                host.link.kill()
+            reason = f"{self._first.name} is lost" if lost else "the job has ended"
+            host.tell("leave", reason=reason, after_s=after_s)
+        waits = [self.spawn(host.done.wait(), f"end of {host.name}") for host in others]
+        if waits:
+            await asyncio.wait(waits, timeout=_LAST_S)
+        for host in others:
+            if not host.done.is_set():
+                host.link.kill()
+
+    async def _close_links(self) -> None:
+        """All at last: one may carry others. Agents that have said their last word end by themselves."""
+        async with asyncio.TaskGroup() as group:
+            for host in self._hosts:
+                group.create_task(host.link.ended(_AFTER_END_S), name=f"exit of {host.name}")
+        for host in self._hosts:
+            await host.link.close()
+
+    # -- what the agents say ------------------------------------------------------------------
+
+    async def _read(self, host: _Host) -> None:
+        """Take what one agent says, until its link has ended."""
+        clock = asyncio.get_running_loop().time
+        while (frame := await host.link.channel.receive()) is not None:
+            host.reading = False  # a console that is full is not the host's silence
+            await self._take(host, frame)
+            host.reading, host.heard = True, clock()
+        if host.end is None and not self._detached:
+            self._lost(host, await host.link.ended(_AFTER_END_S))
+        host.done.set()
+
+    async def _take(self, host: _Host, frame: Frame) -> None:
         if frame.kind in (Kind.STDOUT, Kind.STDERR):
             stream = "stdout" if frame.kind is Kind.STDOUT else "stderr"
             self._console.write(stream, frame.body)  # type: ignore[arg-type]
@@ -104,20 +202,78 @@ class Session(aio.Service):
             return
         event = frame.message()
         match event["event"]:
+            case "listening":
+                for other in self._hosts[1:]:
+                    other.tell("control", peer=event["peer"], address=event["address"])
+                await self._register(event)
             case "started":
                 self._workers[event["name"]] = event["pid"]
+                self._detach_if_all_run(event["name"])
+            case "detached":
+                host.detached = True
+                if self._detached:
+                    self._first.done.set()
             case "exited":
                 self._workers.pop(event["name"], None)
             case "restarting":
                 self._restarts += 1
                 if not self._quiet:
-                    self._say(_restarting(event))
+                    self._say(f"runtime: {report.restarting(event)}\n")
             case "log":
-                self._log(event["text"])
+                self._log(self._where(host) + event["text"])
             case "message":
                 self._say(f"runtime: {event['text']}\n")
             case "end" | "refused":
-                self._end = event
+                self._ended(host, event)
+
+    async def _register(self, event: Mapping[str, Any]) -> None:
+        """Let the job be found by those who want to see or stop it."""
+        self._job = _endpoint(self._settings, [host.name for host in self._hosts], event)
+        try:
+            async with asyncio.timeout(_FILES_S):
+                await asyncio.to_thread(jobs.register, self._job)
+        except (ConfigError, TimeoutError) as error:
+            why = error if isinstance(error, ConfigError) else "the home directory is too slow"
+            self._say(f"runtime: nobody else can find this job: {why}\n")
+
+    async def _keep(self, outcome: report.Outcome) -> None:
+        """Where its first agent could not, or on another machine: say here how the job ended."""
+        if self._job is not None:
+            with suppress(OSError, TimeoutError):
+                async with asyncio.timeout(_FILES_S):
+                    await asyncio.to_thread(jobs.remember, self._job, outcome)
+
+    def _detach_if_all_run(self, name: str) -> None:
+        before = len(self._started)
+        self._started.add(name)
+        planned = len(self._settings.plan.launches)
+        if self._settings.detached and before < len(self._started) == planned:
+            for host in self._hosts:
+                host.tell("detach")
+
+    def _ended(self, host: _Host, event: dict[str, Any]) -> None:
+        """The last word of an agent."""
+        host.end = event
+        host.done.set()
+        why = event.get("lost") or event.get("text")
+        if why and host is not self._first:
+            self._first.tell("lost", node_rank=host.rank, why=why)
+
+    def _lost(self, host: _Host, exit: spawn.Exit) -> None:
+        """A link has ended without a last word. Of an agent of this machine the workers have the
+        parent-death signal; the rest is ours to end."""
+        how = f"killed by {exit.cause}" if exit.signal else f"ended with {exit.cause}"
+        if host.link.local:
+            host.why = f"its agent {how}"
+            if len(self._hosts) == 1:
+                spawn.kill_descendants(_CLEANUP_S)
+            remove_job_dir(host.assignment.job_dir)
+        elif not host.why:
+            how = f"{'was ' if exit.signal else ''}{how}"
+            words = host.link.last_words() or "or its agent was killed"
+            host.why = f"its connection {how}: {words}"
+        if host is not self._first:
+            self._first.tell("lost", node_rank=host.rank, why=host.why)
 
     def _say(self, text: str) -> None:
         """The launcher's own words: to standard error."""
@@ -126,6 +282,31 @@ class Session(aio.Service):
 
     def _log(self, line: str) -> None:
         self._say(f"runtime: {line}")
+
+    # -- signs of life ------------------------------------------------------------------------
+
+    async def _ping(self, hosts: Sequence[_Host]) -> None:
+        """Say each second that we are there, and end the links to hosts that say nothing any more."""
+        clock = asyncio.get_running_loop().time
+        last = clock()
+        while True:
+            now = clock()
+            if now - last > 3 * _PING_S:  # it was us who did not run
+                for host in hosts:
+                    host.heard = now
+            last = now
+            for host in hosts:
+                host.tell("ping")
+                if host.reading and now - host.heard > self._silence_s and not host.why:
+                    host.why = f"no sign of life for {self._silence_s:g} s"
+                    host.link.kill()
+            await asyncio.sleep(_PING_S)
+
+    def _suspend(self, hosts: Sequence[_Host]) -> None:
+        """Ctrl-Z: the job goes on, and is not to take our silence for our death."""
+        for host in hosts:
+            host.tell("suspended")
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     # -- signals ------------------------------------------------------------------------------
 
@@ -136,7 +317,7 @@ class Session(aio.Service):
             return
         if self._signalled is None:
             self._signalled = Signalled(number, *_SIGNALS[number])
-            limit = self._assignment.shutdown_timeout_s
+            limit = self._settings.shutdown_timeout_s
             self._say(
                 f"runtime: {self._signalled.name}: stopping the job, for at most {limit:g} s "
                 "(again: kill it now)\n"
@@ -149,22 +330,21 @@ class Session(aio.Service):
             self._command("kill")
             self._expect_end_within(_CLEANUP_S)
         else:
-            self._kill_agent()
+            self._kill_agents()
 
     def _expect_end_within(self, seconds: float) -> None:
         """An agent that is stopped itself, or hangs, must not keep the launcher."""
-        asyncio.get_running_loop().call_later(seconds, self._kill_agent)
+        asyncio.get_running_loop().call_later(seconds, self._kill_agents)
 
-    def _kill_agent(self) -> None:
-        if self.running and not self._agent_exit.done():
-            spawn.send_signal(self._agent.pid, signal.SIGKILL)
+    def _kill_agents(self) -> None:
+        if self.running:
+            for host in self._hosts:
+                host.link.kill()
 
     def _command(self, op: str) -> None:
-        assert self._channel is not None
         assert self._signalled is not None
         code = 128 + self._signalled.number
-        reason = f"stopped by {self._signalled.name}"
-        self._channel.send_message(Kind.COMMAND, {"op": op, "reason": reason, "code": code})
+        self._first.tell(op, reason=f"stopped by {self._signalled.name}", code=code)
 
     async def _tell_who_is_left(self) -> None:
         while True:
@@ -174,78 +354,47 @@ class Session(aio.Service):
 
     # -- the end ------------------------------------------------------------------------------
 
-    def _outcome(self, exit: spawn.Exit) -> report.Outcome:
-        plan = self._assignment.plan
+    def _outcome(self) -> report.Outcome:
+        plan = self._settings.plan
+        folder = os.path.join(self._settings.log_dir, plan.job_id)
         base = report.Outcome(
-            "finished", plan.job_id, plan.job.name, log_dir=self._assignment.log_dir,
-            restarts=self._restarts,
-        )  # fmt: skip
-        if self._end is None:
-            return self._agent_lost(base, exit)
-        if self._end["event"] == "refused":
-            return replace(base, end="usage", detail=self._end["text"])
-        return outcome_of_end(self._end, base, self._signalled, self._assignment.timeout_s)
+            "finished", plan.job_id, plan.job.name, log_dir=folder, restarts=self._restarts
+        )
+        for host in self._hosts:
+            if host.end is not None and host.end["event"] == "refused":
+                detail = self._where(host) + host.end["text"]
+                return replace(base, end="usage", detail=detail, log_dir="")
+        end = self._first.end
+        if end is None:
+            gone: report.End = self._signalled.end if self._signalled else "host_lost"
+            return replace(base, end=gone, detail=self._lost_words())
+        told = [f for host in self._hosts[1:] if host.end for f in host.end["failures"]]
+        return with_lines(from_plain(end["outcome"]), told)
 
-    def _agent_lost(self, base: report.Outcome, exit: spawn.Exit) -> report.Outcome:
-        """The agent died: its workers have the parent-death signal, the rest is ours to end."""
-        spawn.kill_descendants(_CLEANUP_S)
-        remove_job_dir(self._assignment.job_dir)
-        how = f"killed by {exit.cause}" if exit.signal else f"ended with {exit.cause}"
-        text = f"agent of host {self._assignment.host} {how}; its workers were ended"
-        folder = os.path.join(self._assignment.log_dir, base.job_id)
-        end: report.End = "host_lost" if self._signalled is None else self._signalled.end
-        return replace(base, end=end, detail=text, log_dir=folder)
+    def _where(self, host: _Host) -> str:
+        return f"{host.name}: " if len(self._hosts) > 1 else ""
 
-
-def outcome_of_end(
-    end: Mapping[str, Any],
-    base: report.Outcome,
-    signalled: Signalled | None,
-    timeout_s: float | None,
-) -> report.Outcome:
-    """What the agent's last event means, for the box and the exit code."""
-    base = replace(base, log_dir=end["log_dir"])
-    failures = [end["first"], *end["others"]] if end["first"] else []
-    told = tuple(_failure(failure) for failure in failures)
-    if signalled is not None and end["code"] == 128 + signalled.number:
-        return replace(base, end=signalled.end)
-    if end["code"] == report.TIMED_OUT and not told:
-        return replace(base, end="timeout", timeout_s=timeout_s)
-    if end["code"] == 0:
-        return base
-    if not told:
-        return replace(base, end="host_lost", detail=end["reason"])
-    return replace(base, end="failed", failures=told, detail=end["reason"])
+    def _lost_words(self) -> str:
+        name, why = self._first.name, self._first.why
+        if len(self._hosts) == 1 and self._first.link.local:
+            return f"agent of host {name} {why.removeprefix('its agent ')}; its workers were ended"
+        what = ", which held the control plane," if len(self._hosts) > 1 else ""
+        return f"host {name}{what} was lost: {why}; its workers were ended"
 
 
-def _failure(failure: Mapping[str, Any]) -> report.WorkerFailure:
-    lines = failure.get("lines") or {}
-    error = failure["error"] or None
-    number = failure["signal"] or None
-    _, oom, evidence = failure["cause"].partition(" (")
-    return report.WorkerFailure(
-        role=failure["role"],
-        rank=failure["rank"],
-        host=failure["host"],
-        pid=failure["pid"] or None,
-        when=datetime.fromtimestamp(failure["at"]).strftime("%H:%M:%S.%f")[:-3],
-        code=None if number else failure["code"],
-        signal=number,
-        reason="" if failure["pid"] else failure["cause"],
-        evidence=(evidence.rstrip(")"),) if oom else (),
-        restart_count=failure["incarnation"],
-        error=error and report.ErrorFile(error["message"], error["traceback"], error["type"]),
-        last_lines=tuple(lines.get("stderr") or lines.get("stdout") or ()),
-        log_dir=failure.get("folder") or "",
-    )
-
-
-def _restarting(event: Mapping[str, Any]) -> str:
-    failure, names = event["failure"], event["names"]
-    what = names[0] if len(names) == 1 else f"all {len(names)} of {event['role']}"
-    return (
-        f"runtime: {failure['name']} failed ({failure['cause']}): restarting {what}, "
-        f"attempt {event['attempt']} of {event['max']}\n"
+def _endpoint(settings: Assignment, hosts: Sequence[str], event: Mapping[str, Any]) -> JobEndpoint:
+    return JobEndpoint(
+        job_id=settings.plan.job_id,
+        name=settings.plan.job.name,
+        started=datetime.now(UTC).timestamp(),
+        hosts=tuple(hosts),
+        peer=event["peer"],
+        address=event["address"],
+        log_dir=event["log_dir"],
+        detached=settings.detached,
+        shutdown_timeout_s=settings.shutdown_timeout_s,
+        machine=socket.gethostname(),
+        security=settings.security,
     )
 
 

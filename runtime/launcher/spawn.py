@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+"""The folder that the package lies in."""
 _PR_SET_PDEATHSIG = 1
 _TRACKER = b"from multiprocessing.resource_tracker import main"
 _TRACKER_S = 1.0
@@ -34,6 +36,8 @@ class Exit(NamedTuple):
     @property
     def cause(self) -> str:
         """In words: "exit 3", "SIGKILL"."""
+        from runtime.launcher.report import signal_name  # late: nothing goes before the agent
+
         return signal_name(self.signal) if self.signal else f"exit {self.code}"
 
     @property
@@ -58,14 +62,6 @@ class Streams(NamedTuple):
 
 
 INHERIT = Streams()
-
-
-def signal_name(number: int) -> str:
-    """ "SIGKILL" for 9; "signal 40" for those without a name."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _prctl(option: int, value: int) -> None:
@@ -103,8 +99,7 @@ def bootstrap(module: str, *arguments: int, first: str | None = None) -> str:
 
     `first` ("module:function") is called before `module` is imported; what it gives goes to `main`, too.
     """
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    code = f"import sys; sys.path[0] = {root!r}; "
+    code = f"import sys; sys.path[0] = {ROOT!r}; "
     given = [str(argument) for argument in arguments]
     if first is not None:
         where, _, name = first.partition(":")
@@ -140,6 +135,15 @@ def start(
     return process.pid
 
 
+# Its fork server starts before it has imported anything itself.
+AGENT = bootstrap("runtime.agent", first="runtime.launcher.zygote:start_first")
+"""The code that an interpreter runs as an agent."""
+GUARDED_AGENT = bootstrap("runtime.agent", first="runtime.launcher.guard:start_guarded")
+"""The same on a machine where no launcher cleans up after it."""
+ADOPTING_AGENT = bootstrap("runtime.agent")
+"""The same for an agent of workers that somebody else has started: it needs no fork server."""
+
+
 class LocalAgent(NamedTuple):
     """A started agent: its process and our ends of its pipes."""
 
@@ -148,15 +152,14 @@ class LocalAgent(NamedTuple):
     write_fd: int
 
 
-def start_agent() -> LocalAgent:
+def start_agent(code: str = AGENT, stderr: int | None = None) -> LocalAgent:
     """Start an agent on this host, which reads frames from its standard input, the first of them its
-    assignment, and writes frames to its standard output. Raises `OSError`."""
+    assignment, and writes frames to its standard output. `stderr`: for it and its fork servers; None: ours.
+    Raises `OSError`."""
     down_read, down_write = os.pipe()
     up_read, up_write = os.pipe()
-    # Its fork server starts before it has imported anything itself.
-    code = bootstrap("runtime.agent", first="runtime.launcher.zygote:start_first")
     try:
-        pid = start([sys.executable, "-c", code], streams=Streams(down_read, up_write))
+        pid = start([sys.executable, "-c", code], streams=Streams(down_read, up_write, stderr))
     except OSError:
         os.close(down_write)
         os.close(up_read)

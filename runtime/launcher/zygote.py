@@ -40,10 +40,12 @@ WORKERS_AT_ONCE = 64
 
 
 class Started(NamedTuple):
-    """A zygote's process, and the descriptor of the agent's end of its socket."""
+    """A zygote's process, and the descriptor of the agent's end of its socket. `guard`: where an agent that is
+    guarded tells its job's folder (`guard.py`)."""
 
     pid: int
     control_fd: int
+    guard: int | None = None
 
 
 def start(env: Mapping[str, str]) -> Started:

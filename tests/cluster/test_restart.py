@@ -32,7 +32,9 @@ class Rig:
         self.now = 100.0
         self.incarnations: dict[str, int] = {}
         self.emitted: list[Any] = []
-        self.first = self.tell(op="begin", roles=list(roles), stop_timeout_s=10.0, **settings)
+        agents = sorted({actor["agent"] for role in roles for actor in role["actors"]})
+        begin = {"agents": agents, "roles": list(roles), "stop_timeout_s": 10.0}
+        self.first = self.tell(op="begin", **begin, **settings)
 
     def tell(self, **message: Any) -> list[dict[str, Any]]:
         return self.sent(self.machine.handle(message, Call("agent-0", 1), self.now))
@@ -81,7 +83,7 @@ def test_begin_starts_every_role_at_its_first_incarnation() -> None:
 def test_begin_twice_is_refused() -> None:
     rig = Rig(role("a", 1))
     with pytest.raises(MisuseError, match="begun"):
-        rig.tell(op="begin", roles=[role("a", 1)])
+        rig.tell(op="begin", agents=["agent-0"], roles=[role("a", 1)])
 
 
 def test_a_job_without_drivers_is_refused() -> None:
@@ -320,7 +322,9 @@ def test_a_host_that_is_lost_during_a_gang_restart_ends_the_job() -> None:
 def test_a_host_that_was_lost_before_the_job_began_ends_it() -> None:
     machine = Supervision()
     machine.lost("agent-1", "host unreachable", 1.0)
-    effects = machine.handle({"op": "begin", "roles": [spread("w", "one")]}, None, 2.0)
+    effects = machine.handle(
+        {"op": "begin", "agents": ["agent-0", "agent-1"], "roles": [spread("w", "one")]}, None, 2.0
+    )
     sent = [(e.to, e.message["op"]) for e in effects if isinstance(e, Send)]
     assert sent == [("agent-0", "start"), ("agent-1", "start"), ("agent-0", "stop")]
 
@@ -350,8 +354,34 @@ def test_one_that_was_told_to_be_killed_is_not_the_first_failure() -> None:
     assert (end["first"]["name"], end["others"]) == ("w-0", [])
 
 
-def test_a_host_that_is_lost_after_the_stop_is_not_the_first_failure() -> None:
+def test_a_host_that_is_lost_after_others_failed_is_what_they_failed_of() -> None:
     rig = Rig(spread("w", "never"))
-    rig.exits("w-0", code=3, signal=0, cause="exit 3")
+    rig.exits("w-0", code=1, signal=0, cause="exit 1")  # a connection was reset, it says
     end = rig.sent(rig.machine.lost("agent-1", "host unreachable", 105.0))[0]
-    assert (end["first"]["name"], end["code"], end["others"]) == ("w-0", 3, [])
+    assert (end["first"]["name"], end["code"]) == ("w-1", 69)
+    assert [failure["name"] for failure in end["others"]] == ["w-0"]
+
+
+@pytest.mark.parametrize("op", ["stop", "kill"])
+def test_a_host_that_is_lost_while_the_job_is_stopped_from_outside_is_no_failure(op: str) -> None:
+    rig = Rig(spread("w", "never"))
+    rig.tell(op=op, reason="Ctrl-C", code=130, seen=100.5)
+    rig.exits("w-0", code=0, signal=15, cause="SIGTERM")
+    end = rig.sent(rig.machine.lost("agent-1", "host unreachable", 105.0))[0]
+    assert (end["first"], end["code"]) == (None, 130)
+
+
+def test_the_end_is_told_to_agents_without_workers_too() -> None:
+    machine = Supervision()
+    begin = {"op": "begin", "agents": ["agent-0", "agent-1"], "roles": [role("w", 1)]}
+    machine.handle(begin, None, 1.0)
+    report = {"op": "exited", "name": "w-0", "incarnation": 0, "at": 2.0, "seen": 2.0, **WELL}
+    ends = [e for e in machine.handle(report, None, 2.0) if isinstance(e, Send)]
+    assert [(e.to, e.message["op"]) for e in ends] == [("agent-0", "end"), ("agent-1", "end")]
+
+
+def test_the_loss_of_an_agent_without_workers_changes_nothing() -> None:
+    machine = Supervision()
+    begin = {"op": "begin", "agents": ["agent-0", "agent-1"], "roles": [role("w", 1)]}
+    machine.handle(begin, None, 1.0)
+    assert machine.lost("agent-1", "host unreachable", 2.0) == []

@@ -63,7 +63,6 @@ class Job:
             endpoint,
             self.endpoint.address,
             me=info,
-            peer=peer,
             incarnation=incarnation,
             actors=self.plan,
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random
 
 import pytest
@@ -13,10 +14,10 @@ from runtime.control.client import ControlClient
 from runtime.control.plane import standard_machines
 from runtime.control.service import LogClock
 from runtime.errors import BarrierBroken, Closed, MisuseError, PeerLostError, Timeout
-from runtime.machine import Call, Effect, Message, Reply, Send
+from runtime.machine import Call, Effect, Machine, Message, Reply, Send
 from runtime.peer.endpoint import Endpoint
 from runtime.transport.memory import NetworkSettings
-from tests.control.cluster import AGENT, actors, job, running
+from tests.control.cluster import AGENT, Job, actors, job, running
 
 pytestmark = pytest.mark.looptime
 
@@ -274,7 +275,11 @@ class _Teller:
     """A machine that sends on what it is told to."""
 
     def handle(self, message: Message, call: Call | None, now: float) -> list[Effect]:
-        return [Send(message["to"], {"op": "hello"}), *([Reply(call, {})] if call else [])]
+        number = {"number": message["number"]} if "number" in message else {}
+        return [
+            Send(message["to"], {"op": "hello", **number}),
+            *([Reply(call, {})] if call else []),
+        ]
 
     def tick(self, now: float) -> list[Effect]:
         return []
@@ -297,19 +302,58 @@ class _Teller:
     def load(self, state: dict[str, object]) -> None: ...
 
 
-async def test_what_machines_send_reaches_agents_and_members(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    machines = lambda: {**standard_machines(), "teller": _Teller()}  # noqa: E731
-    async with job(actors(("a", 1)), machines=machines) as made, made.worker("a-0") as one:
-        told: list[object] = []
-        one.client.told = told.append
-        for to in (AGENT, "agent-0", one.peer, "b-0.0"):
+@asynccontextmanager
+async def _another_agent(made: Job, peer: str) -> AsyncIterator[list[object]]:
+    """An agent of another host; gives what it is told."""
+    told: list[object] = []
+    endpoint = Endpoint(made.network.transport(peer))
+    client = ControlClient(endpoint, made.endpoint.address, me=None, patience=30)
+    client.told = told.append
+    async with endpoint, client:
+        where = {"host": "h2", "address": endpoint.address.address, "node_rank": 1}
+        await client.ask("membership", {"op": "agent", **where})
+        yield told
+
+
+def _with_teller() -> dict[str, Machine]:
+    return {**standard_machines(), "teller": _Teller()}
+
+
+async def test_what_machines_send_reaches_agents(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with job((), machines=_with_teller) as made, _another_agent(made, "@agent-1.x") as told:
+        for to in (AGENT, "@agent-1.x", "b-0.0"):
             await made.service.ask("teller", {"op": "tell", "to": to})
-        await asyncio.sleep(1)
-        assert made.sent == [{"op": "hello"}] * 2
+        await made.service.flush(1)
+        assert made.sent == [{"op": "hello"}]
         assert told == [{"op": "hello"}]
-        assert "no member b-0.0 to send hello to" in caplog.text
+        assert "no agent b-0.0 (any more) to send hello to" in caplog.text
+
+
+async def test_what_an_agent_is_told_survives_a_broken_link_once_and_in_order() -> None:
+    async with job((), machines=_with_teller) as made, _another_agent(made, "@agent-1.x") as told:
+        for number in range(4):
+            if number % 2:
+                made.network.part([made.endpoint.peer], ["@agent-1.x"])
+            message = {"op": "tell", "to": "@agent-1.x", "number": number}
+            made.service._running_driver().handle(
+                {"op": "ask", "machine": "teller", "message": message}
+            )
+            await asyncio.sleep(2)
+            made.network.heal()
+        await made.service.flush(20)
+        assert [item["number"] for item in told] == [*range(4)]  # type: ignore[index]
+
+
+async def test_nothing_more_is_told_to_an_agent_that_is_lost() -> None:
+    async with job((), machines=_with_teller) as made, _another_agent(made, "@agent-1.x") as told:
+        made.service.lost("@agent-1.x", "its ssh ended")
+        await asyncio.sleep(1)
+        await made.service.ask("teller", {"op": "tell", "to": "@agent-1.x"})
+        await made.service.flush(1)
+        assert told == []
+        (lost,) = (e for e in made.events if e["kind"] == "lost")
+        assert lost["cause"] == "its ssh ended"
 
 
 async def test_leaving_unheard_is_no_error_and_soon_over() -> None:
@@ -323,7 +367,7 @@ async def test_leaving_unheard_is_no_error_and_soon_over() -> None:
 async def test_only_actors_can_join_or_leave() -> None:
     async with job(actors(("a", 1))) as made:
         endpoint = Endpoint(made.network.transport("cli.0"))
-        client = ControlClient(endpoint, made.endpoint.address, me=None, peer="cli.0")
+        client = ControlClient(endpoint, made.endpoint.address, me=None)
         async with endpoint, client:
             with pytest.raises(MisuseError, match=r"cli.0 is no actor of the job and cannot join"):
                 await client.join("mem://cli")

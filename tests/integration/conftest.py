@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.integration.support.hosts import hosts, testbed
 from tests.integration.support.job import Job
+
+__all__ = ["hosts", "testbed"]
 
 _HERE = Path(__file__).parent
 

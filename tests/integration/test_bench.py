@@ -57,14 +57,14 @@ def test_the_sides_that_we_are_compared_with_work(
         pytest.param(lambda: rpc.job("-m bench.rpc_job echo"), id="rpc"),
         pytest.param(lambda: rpc.job("-m bench.rpc_job echo", "BusyServer"), id="rpc-busy"),
         pytest.param(lambda: rpc.blocking("plain_echo"), id="rpc-blocking"),
-        pytest.param(rpc.tcp, id="rpc-tcp"),
+        pytest.param(lambda: rpc.tcp("small-curve"), id="rpc-tcp"),
         pytest.param(lambda: group.job("-m bench.rpc_job echo all", 3), id="group"),
         pytest.param(lambda: group.job("bench.rpc_job:block_all", 3), id="group-blocking"),
         pytest.param(
             lambda: group.job("-m bench.group_job", 2, "group_job:Learner"), id="broadcast"
         ),
         pytest.param(lambda: tensor.job(1), id="tensor"),
-        pytest.param(lambda: tensor.tcp(1), id="tensor-tcp"),
+        pytest.param(lambda: tensor.tcp("1"), id="tensor-tcp"),
         pytest.param(lambda: queue.job("blocking"), id="queue-blocking"),
         pytest.param(lambda: queue.job("async"), id="queue-async"),
         pytest.param(lambda: queue.job("ahead"), id="queue-ahead"),

@@ -12,10 +12,10 @@ from runtime.errors import WireError
 from runtime.launcher.channel import LIMIT, Channel, Frame, Kind, pack, unpack_head
 
 
-def test_a_head_tells_kind_and_length() -> None:
+def test_a_head_tells_kind_and_length_and_the_body_ends_a_line() -> None:
     frame = pack(Kind.STDOUT, b"four")
     assert unpack_head(frame[:5]) == (Kind.STDOUT, 4)
-    assert frame[5:] == b"four"
+    assert frame[5:] == b"four\n"
 
 
 def test_an_unknown_kind_is_refused() -> None:
@@ -31,7 +31,7 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read() -> None:
 
 def test_a_message_comes_back() -> None:
     packed = pack(Kind.EVENT, msgpack.packb({"event": "end", "code": 3, "lines": ["ä"]}))
-    assert Frame(Kind.EVENT, packed[5:]).message() == {"event": "end", "code": 3, "lines": ["ä"]}
+    assert Frame(Kind.EVENT, packed[5:-1]).message() == {"event": "end", "code": 3, "lines": ["ä"]}
 
 
 @pytest.mark.parametrize("body", [b"\xc1", b"", b"\x93\x01"], ids=["invalid", "empty", "cut"])
@@ -62,6 +62,19 @@ async def test_frames_arrive_in_order_and_whole() -> None:
     assert frame is not None
     assert frame.message() == {"event": "last"}
     await left.close()
+    await right.close()
+
+
+async def test_lines_come_before_the_first_frame() -> None:
+    left, right = await channels()
+    left._writer.write(b"welcome\nmarker\n")
+    left.send(Kind.STDOUT, b"frame")
+    assert [await right.line(), await right.line()] == [b"welcome\n", b"marker\n"]
+    assert await right.receive() == Frame(Kind.STDOUT, b"frame")
+    left._writer.write(b"x" * 3_000_000)
+    with pytest.raises(WireError, match="without an end"):
+        await right.line()
+    await left.close(timeout=0.01)
     await right.close()
 
 

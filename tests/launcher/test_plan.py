@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.config import Config
 from runtime.errors import ConfigError
 from runtime.job import Entry, JobSpec, Resource, Restart, RoleSpec
 from runtime.launcher.options import parse_options
@@ -27,7 +28,14 @@ from runtime.launcher.plan import (
     to_text,
     worker_env,
 )
-from runtime.launcher.prepare import needed_files, parse_env_file, prepare
+from runtime.launcher.prepare import (
+    dial_settings,
+    hosts_from_options,
+    needed_files,
+    parse_env_file,
+    prepare,
+)
+from runtime.launcher.ssh import DialSettings
 
 FACTS = Facts("j1", "/work", "/usr/bin/python3", ("box.example", "10.0.0.7"), cpu_count=4)
 
@@ -47,6 +55,8 @@ def where(plan: Plan) -> dict[str, int]:
 
 
 # How many, and where
+
+ASKED = {"found": {"h1": (8, 2), "h2": (16, 0)}}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +86,11 @@ def where(plan: Plan) -> dict[str, int]:
         ("--dry-run --hosts localhost,h2:1 --nproc-per-node cpu t.py", {}, {"localhost": 4, "h2": 1}),
         ("--dry-run --hosts h1:4,h2:4 --include h2:1,3 t.py", {}, {"h2": 2}),
         ("--dry-run --hosts h1:4,h2:4 --exclude h2 t.py", {}, {"h1": 4}),
+        ("--hosts h1,h2 t.py", ASKED, {"h1": 2, "h2": 1}),
+        ("--hosts h1,h2 --nproc-per-node cpu t.py", ASKED, {"h1": 8, "h2": 16}),
+        ("--hosts h1,h2 --nproc-per-node auto t.py", ASKED, {"h1": 2, "h2": 16}),
+        ("--hosts box,h1 --nproc-per-node auto t.py", ASKED, {"box": 4, "h1": 2}),
+        ("--hosts h1,h2:3 t.py", ASKED, {"h1": 2, "h2": 3}),
     ],
 )  # fmt: skip
 def test_the_command_line_says_how_many_go_where(
@@ -91,14 +106,14 @@ def test_the_command_line_says_how_many_go_where(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--hosts h1,h2 t.py", "only local hosts can be started yet: h1, h2 are not this machine (--dry-run plans them)"),
-        ("--hosts localhost,h2 t.py", "only local hosts can be started yet: h2 is not this machine (--dry-run plans them)"),
         ("--nnodes 2 t.py", "--nnodes 2: found 1 host (localhost); name them with --hosts or --hostfile (starting by hand on every node is not possible yet)"),
         ("--nproc-per-node gpu t.py", "--nproc-per-node gpu: this machine has no GPU (allowed: N, cpu, auto)"),
         ("--hosts localhost:2 --nproc-per-node 4 t.py", "--nproc-per-node 4: host localhost has 2 slots"),
         ("--hosts localhost:2 -n 3 t.py", "-n 3: there is room for 2 workers (localhost 2)"),
         ("-n 3 --nproc-per-node 2 t.py", "-n 3: must be a multiple of --nproc-per-node 2"),
         ("--dry-run --hosts h1,h2:2 --nproc-per-node gpu t.py", "--nproc-per-node gpu: what host h1 has is not known; say its slots"),
+        ("--hosts h1 --nproc-per-node gpu t.py", "--nproc-per-node gpu: what host h1 has is not known; say its slots"),
+        ("--launcher local --hosts localhost,h2 t.py", "--launcher local: this machine only, and it is not h2"),
         ("--dry-run --standalone --hosts h1,h2 t.py", "--standalone: is one host, but 2 are named"),
         ("--hosts localhost,box t.py", "hosts localhost and box are both this machine: name it once"),
         ("--hosts a,a t.py", "--hosts 'a,a': a is named twice (items 1 and 2)"),
@@ -117,6 +132,50 @@ def test_a_host_file_and_a_job_file_are_named_in_their_errors() -> None:
     assert refused("--job j.toml", files={"j.toml": "x = 1\n[roles.a]\nentry='m:f'"}).startswith(
         "j.toml: x: unknown key"
     )
+
+
+def hosts_of(line: str, **facts: Any) -> tuple[Host, ...]:
+    return hosts_from_options(parse_options(line.split(), {}), replace(FACTS, **facts))
+
+
+def test_slots_that_only_a_host_can_say_are_left_open_until_it_was_asked() -> None:
+    assert [host.slots for host in hosts_of("--hosts box:1,h1,h2:3 t.py")] == [1, None, 3]
+    assert [host.slots for host in hosts_of("--hosts h1,h2 t.py", **ASKED)] == [2, 1]
+    assert [host.slots for host in hosts_of("--hosts h1,h2 --nproc-per-node 4 t.py")] == [4, 4]
+    assert refused("--hosts h2 --nproc-per-node gpu t.py", **ASKED) == (
+        "--nproc-per-node gpu: host h2 has no GPU (allowed: N, cpu, auto)"
+    )
+
+
+def test_this_machine_goes_through_ssh_only_when_told_to() -> None:
+    assert [host.local for host in hosts_of("--hosts box,h1 t.py")] == [True, False]
+    forced = hosts_of("--launcher ssh --hosts box,h1 t.py")
+    assert [host.local for host in forced] == [False, False]
+
+
+def test_a_job_of_few_nodes_uses_the_first_hosts() -> None:
+    files = {"job.toml": 'node_num = 1\n[roles.a]\nentry = "m:f"\ntotal = 1\n'}
+    found = hosts_of("--job job.toml --hosts h1,h2", files=files)
+    assert [host.name for host in found] == ["h1"]
+
+
+def dialled(line: str, **facts: Any) -> DialSettings:
+    options, found = parse_options(line.split(), {}), replace(FACTS, **facts)
+    return dial_settings(options, hosts_from_options(options, found), found, Config())
+
+
+def test_what_the_job_needs_on_other_hosts_is_asked_for_there() -> None:
+    settings = dialled("--hosts h1 --ssh-port 23 --ssh-tree 5:2 --connect-timeout 7 sub/t.py")
+    assert (settings.python, settings.workdir, settings.paths) == (
+        "/usr/bin/python3", "/work", ("sub/t.py",),
+    )  # fmt: skip
+    assert (settings.ssh_port, settings.tree_from, settings.fan_out) == (23, 5, 2)
+    assert (settings.timeout_s, settings.alive_interval_s * settings.alive_count) == (7, 30)
+    settings = dialled("--hosts h1 --python /py --workdir /data -m pkg.mod")
+    assert (settings.python, settings.paths) == ("/py", ("/data",))
+    job = '[roles.a]\nentry = "m:f"\ntotal = 1\npython = "/other"\nworkdir = "w"\n'
+    settings = dialled("--hosts h1 --job job.toml", files={"job.toml": job})
+    assert (settings.pythons, settings.paths) == (("/other",), ("w",))
 
 
 def test_the_files_that_options_name_are_asked_for() -> None:

@@ -19,6 +19,7 @@ from runtime.launcher.report import (
     cause,
     exit_code,
     failure_box,
+    restarting,
     signal_name,
     waiting_for,
 )
@@ -264,3 +265,20 @@ def test_exit_codes_of_shells_and_the_path_of_the_logs_can_be_read() -> None:
 def test_sigquit_has_its_own_code() -> None:
     assert exit_code(Outcome("quit")) == 131
     assert "stopped by SIGQUIT" in failure_box(Outcome("quit"))
+
+
+def test_a_job_that_was_stopped_says_by_whom() -> None:
+    outcome = Outcome("stopped", detail="stopped by `python -m runtime stop`")
+    assert exit_code(outcome) == 143
+    assert "was stopped" in failure_box(outcome)
+    assert "`python -m runtime stop`" in failure_box(outcome)
+
+
+def test_a_restart_is_told_in_a_line() -> None:
+    failure = {"name": "trainer-1", "cause": "exit 3"}
+    event = {"role": "trainer", "names": ["trainer-0", "trainer-1"], "attempt": 1, "max": 3}
+    assert restarting({**event, "failure": failure}) == (
+        "trainer-1 failed (exit 3): restarting all 2 of trainer, attempt 1 of 3"
+    )
+    alone = {**event, "names": ["trainer-0"], "failure": failure}
+    assert "restarting trainer-0," in restarting(alone)

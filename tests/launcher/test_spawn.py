@@ -25,11 +25,6 @@ def test_a_wait_status_in_words(status: int, exit: Exit, cause: str, shell_code:
     assert (found, found.cause, found.shell_code) == (exit, cause, shell_code)
 
 
-def test_signals_without_a_name_have_a_number() -> None:
-    assert spawn.signal_name(signal.SIGTERM) == "SIGTERM"
-    assert spawn.signal_name(signal.SIGRTMIN + 3) == f"signal {signal.SIGRTMIN + 3}"
-
-
 def test_a_process_is_found_in_proc_with_its_parent_and_session() -> None:
     info = spawn.look_at(os.getpid())
     assert info is not None

@@ -86,6 +86,7 @@ class Job:
         self.drivers = {a["name"] for r in self.roles if r["driver"] for a in r["actors"]}
         self.umpire = Umpire(self.roles, self.world.referee.gone, self.stubborn)
         begin: dict[str, Any] = {"op": "begin", "roles": self.roles}
+        begin["agents"] = [agent.client.peer for agent in agents if agent.client.first]
         begin["stop_timeout_s"] = random.uniform(0.5, 2.0)
         begin["restart_timeout_s"] = random.uniform(0.3, 1.0)
         if random.random() < 0.2:
@@ -119,10 +120,12 @@ class Job:
         for effect in ours:
             for _ in range(2 if self.world.chance(0.1) else 1):
                 self.posts[effect.to].queue.append(effect.message)
-                self.world.later(self.random.random() * 0.2, self._obey, self.posts[effect.to])
+                delay = self.world.held_up(effect.to) + self.random.random() * 0.2
+                self.world.later(delay, self._obey, self.posts[effect.to])
 
     def _up(self, agent: Agent) -> bool:
-        return agent.client.alive and agent.client.peer not in self.world.referee.gone
+        gone = agent.cut_off or agent.client.peer in self.world.referee.gone
+        return agent.client.alive and not gone
 
     def _obey(self, post: Post) -> None:
         message = post.queue.popleft()
@@ -276,4 +279,5 @@ def supervised(make: Callable[[], Machine] = Supervision, *, traffic: bool = Fal
         heard=lambda world, message: _job(world).umpire.heard(message, world.now),
         finish=lambda world: _job(world).finish(),
     )
-    return Kit(extensions=(extension,), traffic=traffic, settle=14.0)
+    agents = 2 if traffic else 4
+    return Kit(extensions=(extension,), traffic=traffic, agents=agents, settle=14.0)

@@ -53,6 +53,8 @@ class Seat:
     asked: bool = False
     failed: bool = False
     """It has failed, unasked, and was not started again."""
+    lost: bool = False
+    """It failed with its host, and that counts."""
     for_good: bool = False
     """Its failure was called final."""
 
@@ -75,6 +77,7 @@ class Umpire:
         """By role: when the first failure of this attempt was seen."""
         self._ends: dict[tuple[str, int], End] = {}
         self._outside: int | None = None
+        self._failed_before = False
         self._limit = inf
         self._won = False
 
@@ -95,7 +98,7 @@ class Umpire:
                 if message["incarnation"] == seat.incarnation and not seat.over:
                     self._report(seat, self._ends[seat.name, seat.incarnation])
             case "stop" | "kill" if self._outside is None and not self.ended:
-                self._outside = message["code"]
+                self._outside, self._failed_before = message["code"], self._failing()
 
     def _report(self, seat: Seat, end: End) -> None:
         role = seat.role["name"]
@@ -120,7 +123,10 @@ class Umpire:
     def _hear_losses(self) -> None:
         for seat in self._seats.values():
             if seat.agent in self._gone and not seat.over:
-                seat.over, seat.well, seat.failed = True, False, seat.failed or not seat.asked
+                stopped = self._won or (self._outside is not None and not self._failed_before)
+                counts = not (seat.asked and stopped)
+                seat.over, seat.well, seat.lost = True, False, counts
+                seat.failed = seat.failed or counts
 
     def _failing(self) -> bool:
         """Whether there is a failure that nothing can follow but the job's end."""
@@ -143,7 +149,7 @@ class Umpire:
     def judge(self, directives: Directives, now: float) -> None:
         """Check what came out of one entry."""
         if now >= self._limit and self._outside is None and not self.ended:
-            self._outside = 124
+            self._outside, self._failed_before = 124, self._failing()
         self._hear_losses()
         self._judge_starts(directives)
         self._hear_losses()  # also of those that were started on a host that is gone
@@ -243,6 +249,8 @@ class Umpire:
             self._first(first, message)
 
     def _first(self, first: Message, message: Message) -> None:
+        lost = [seat.name for seat in self._seats.values() if seat.lost]
+        demand(not lost or first["code"] == 69, first, "though the hosts are lost of", lost)
         number = first["signal"]
         demand(message["code"] == (128 + number if number else first["code"] or 1), message)
         end = self._ends.get((first["name"], first["incarnation"]))

@@ -58,6 +58,8 @@ class Kit:
     extensions: tuple[Extension, ...] = ()
     traffic: bool = True
     """Whether processes use the standard machines; without, agents only beat."""
+    agents: int = 2
+    """One holds the plane; the next dies with its host; any others are cut off from the plane for a while."""
     settle: float = 3.5
     """Seconds in which everything comes to rest once there are no more faults."""
 
@@ -78,7 +80,9 @@ class World:
         self.plane = self._plane(watched=True)
         self.twin = self._plane(watched=False)
         self.clients: dict[str, Client] = {}
-        self.agents = [Agent(self, number) for number in range(2)]
+        self.cuts: dict[str, float] = {}
+        """By process: until when nothing goes from it to the plane or back."""
+        self.agents = [Agent(self, number) for number in range(self.kit.agents)]
         self._tick_at: float | None = None
         self.parts = {extension.name: extension.begin(self) for extension in self.kit.extensions}
         for extension in self.kit.extensions:
@@ -165,9 +169,9 @@ class World:
     def _deliver(self, effect: Effect) -> None:
         match effect:
             case Reply(call, value):
-                self._travel(self._answer, call, ["value", value])
+                self._travel(call.client, self._answer, call, ["value", value])
             case Fail(call, error):
-                self._travel(self._answer, call, ["error", error_state(error)])
+                self._travel(call.client, self._answer, call, ["error", error_state(error)])
             case Send() | Emit():
                 pass
 
@@ -179,24 +183,26 @@ class World:
 
     def send(self, message: Message, call: Call) -> None:
         """A client's command on its way to the plane."""
-        self._travel(self._arrived, message, call)
+        self._travel(call.client, self._arrived, message, call)
 
     def cancel(self, call: Call) -> None:
-        self._travel(lambda: self.enter(Entry("cancelled", self.now, call=call)))
+        entered = lambda: self.enter(Entry("cancelled", self.now, call=call))  # noqa: E731
+        self._travel(call.client, entered)
 
     def _arrived(self, message: Message, call: Call) -> None:
         self.enter(Entry("message", self.now, message, call))
 
-    def _travel(self, action: Callable[..., None], *args: Any) -> None:
+    def held_up(self, peer: str) -> float:
+        """For how long what is sent to or by `peer` lies before a cut."""
+        return max(0.0, self.cuts.get(peer, 0.0) - self.now)
+
+    def _travel(self, peer: str, action: Callable[..., None], *args: Any) -> None:
         if self.chance(0.04):
             return
         for _ in range(2 if self.chance(0.04) else 1):
             slow = self.chance(0.05)
-            self.later(
-                self.random.uniform(0.5, 3.0) if slow else self.random.random() * 0.05,
-                action,
-                *args,
-            )
+            delay = self.random.uniform(0.5, 3.0) if slow else self.random.random() * 0.05
+            self.later(self.held_up(peer) + delay, action, *args)
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -295,14 +301,19 @@ class Agent:
         self.client = Client(world, f"agent-{number}.x")
         self.actors = [(f"{role}-{number}", role) for role in ("a", "b")]
         if number == 0:
-            self.actors.append(("a-2", "a"))
+            self.actors.append(("a-9", "a"))
         self.processes: dict[str, Process] = {}
         self.incarnations: dict[str, int] = {}
         self.slots = world.random.randint(1, 3)
         self.round = 0
+        self.answered = 0.0
+        self.cut_off = False
+        """It has heard nothing of the plane for so long that it ended its workers."""
 
     def begin(self) -> None:
         self._beat()
+        if self.number > 1:
+            self.world.later(self.world.random.uniform(0.5, 8), self._cut)
         if self.world.kit.traffic:
             self._use_machines()
         if self.number == 1:
@@ -331,10 +342,18 @@ class Agent:
         for name, _role in self.actors:
             self.start(name)
 
+    def _cut(self) -> None:
+        if not self.world.quiet:
+            self.world.cuts[self.client.peer] = self.world.now + self.world.random.uniform(0.2, 5.0)
+
     def _beat(self) -> None:
-        if self.client.alive:
-            self._ask("membership", {"op": "heartbeat"})
+        self.cut_off = self.cut_off or self.world.now - self.answered > HEARTBEAT_TIMEOUT
+        if self.client.alive and not self.cut_off:
+            self._ask("membership", {"op": "heartbeat"}, self._heard)
             self.world.later(1.0, self._beat)
+
+    def _heard(self, _: Any) -> None:
+        self.answered = self.world.now
 
     def _join(self) -> None:
         if not self.client.alive or self.world.quiet:

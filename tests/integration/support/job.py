@@ -80,7 +80,7 @@ class Stream:
 class Job:
     """A launcher process of its own session, with its output, its processes and its directories.
 
-    `options` are the arguments after `-m runtime.launch`. `terminal=True` gives it a controlling terminal
+    `options` are the arguments after `-m runtime.launch` (or another `program`). `terminal=True` gives it a controlling terminal
     as its standard streams (`out` then holds both); with `read_output=False` the test reads `popen.stdout`
     and `popen.stderr` itself; `out_file` takes stdout instead of a pipe. The runtime directory and TMPDIR
     are this job's own, so that what is left in them is known to be its.
@@ -95,6 +95,7 @@ class Job:
         terminal: bool = False,
         read_output: bool = True,
         out_file: Path | None = None,
+        program: str = "runtime.launch",
     ) -> None:
         self.cwd, self.logs = cwd, cwd / "logs"
         self.marker = f"{MARKER}={uuid.uuid4().hex}"
@@ -102,10 +103,12 @@ class Job:
         self.runtime_dir, self.temp_dir = self._base / "run", self._base / "tmp"
         self.runtime_dir.mkdir(mode=0o700)
         self.temp_dir.mkdir(mode=0o700)
+        self.home = self._base / "home"
+        self.home.mkdir()
         self._memory = processes.shared_memory()
         self._seen: dict[tuple[int, int], Process] = {}
         self._master = -1
-        self.argv = [sys.executable, "-m", "runtime.launch", "--log-dir", str(self.logs)]
+        self.argv = [sys.executable, "-m", program, "--log-dir", str(self.logs)]
         self.argv += [str(option) for option in options]
         self.started = time.monotonic()
         self.popen = self._start(self._environment(env or {}), terminal, out_file)
@@ -119,6 +122,7 @@ class Job:
             "PYTHONPATH": f"{ROOT}{os.pathsep}{self.cwd}",
             "XDG_RUNTIME_DIR": str(self.runtime_dir),
             "TMPDIR": str(self.temp_dir),
+            "HOME": str(self.home),
         }
         return inherited | ours | dict(env)
 
@@ -240,6 +244,10 @@ class Job:
     def agent(self) -> Process:
         """The agent: the launcher's child."""
         return self._oldest_child(self.pid, "agent")
+
+    def agents(self) -> list[Process]:
+        """All agents, in the order of their hosts."""
+        return [p for p in self.processes() if p.parent == self.pid]
 
     def zygote(self) -> Process:
         """The fork server: the agent's first child, older than all that it forks."""

@@ -1,0 +1,118 @@
+"""What the end of a job means for the box and the exit code, and how that travels.
+
+The first agent makes an `Outcome` of the directive that ends the job, and keeps it in the job's log folder for
+who asks later; the agents of other hosts add the last lines of workers that failed there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from datetime import datetime
+from typing import Any
+
+from runtime.launcher.report import TIMED_OUT, End, ErrorFile, Outcome, WorkerFailure, exit_code
+
+_STOP = 143
+FILE = "outcome.json"
+_STOPPED: Mapping[int, End] = {
+    129: "hangup", 130: "interrupted", 131: "quit", 143: "terminated",
+}  # fmt: skip
+
+
+def outcome_of(end: Mapping[str, Any], base: Outcome) -> Outcome:
+    """The directive "end" as an outcome. `base` says what is known of the job beside it."""
+    failures = [end["first"], *end["others"]] if end["first"] else []
+    told = tuple(_failure(failure) for failure in failures)
+    code, reason = end["code"], end["reason"]
+    if code == 0:
+        return base
+    if told:
+        return replace(base, end="failed", failures=told, detail=reason)
+    if code == _STOP and reason != "stopped by SIGTERM":  # which the launcher got
+        return replace(base, end="stopped", detail=reason)
+    if code in _STOPPED:
+        return replace(base, end=_STOPPED[code])
+    if code == TIMED_OUT:
+        return replace(base, end="timeout")
+    return replace(base, end="host_lost", detail=reason)
+
+
+def _failure(failure: Mapping[str, Any]) -> WorkerFailure:
+    lines = failure.get("lines") or {}
+    error = failure["error"] or None
+    number = failure["signal"] or None
+    _, oom, evidence = failure["cause"].partition(" (")
+    when = datetime.fromtimestamp(failure["at"]).strftime("%H:%M:%S.%f")[:-3]
+    return WorkerFailure(
+        role=failure["role"],
+        rank=failure["rank"],
+        host=failure["host"],
+        pid=failure["pid"] or None,
+        when=when if failure["at"] else "",  # of a lost host nobody knows it
+        code=None if number else failure["code"],
+        signal=number,
+        reason="" if failure["pid"] else failure["cause"],
+        evidence=(evidence.rstrip(")"),) if oom and failure["pid"] else (),
+        restart_count=failure["incarnation"],
+        error=error and ErrorFile(error["message"], error["traceback"], error["type"]),
+        last_lines=tuple(lines.get("stderr") or lines.get("stdout") or ()),
+        log_dir=failure.get("folder") or "",
+    )
+
+
+def with_lines(outcome: Outcome, others: Iterable[Mapping[str, Any]]) -> Outcome:
+    """The outcome, with what other hosts know of its failures: `others` are failures as in "end"."""
+    known = {(f.name, f.restart_count): f for f in map(_failure, others)}
+
+    def completed(failure: WorkerFailure) -> WorkerFailure:
+        more = known.get((failure.name, failure.restart_count))
+        if failure.log_dir or more is None:
+            return failure
+        return replace(failure, last_lines=more.last_lines, log_dir=more.log_dir)
+
+    return replace(outcome, failures=tuple(map(completed, outcome.failures)))
+
+
+def to_plain(outcome: Outcome) -> dict[str, Any]:
+    """As plain data, with the job's exit code beside it."""
+    return {"code": exit_code(outcome), **asdict(outcome)}
+
+
+def from_plain(state: Mapping[str, Any]) -> Outcome:
+    """The outcome that `to_plain` wrote down."""
+    values = {name: value for name, value in state.items() if name != "code"}
+    failures = tuple(
+        WorkerFailure(
+            **{
+                **failure,
+                "evidence": tuple(failure["evidence"]),
+                "last_lines": tuple(failure["last_lines"]),
+                "error": failure["error"] and ErrorFile(**failure["error"]),
+            }
+        )
+        for failure in state["failures"]
+    )
+    return Outcome(**{**values, "failures": failures})
+
+
+def keep(outcome: Outcome, peer: str) -> None:
+    """Write it into the job's log folder. `peer`: the first agent, which tells this job from an earlier one of
+    its id. Raises `OSError`."""
+    path = os.path.join(outcome.log_dir, FILE)
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        json.dump({"peer": peer, **to_plain(outcome)}, file, indent=1)
+    os.replace(path + ".new", path)
+
+
+def read_kept(log_dir: str, peer: str = "") -> Outcome | None:
+    """What `keep` wrote, for the job of that first agent if `peer` is given; None where there is none. Raises
+    `OSError`, `ValueError`."""
+    try:
+        with open(os.path.join(log_dir, FILE), encoding="utf-8") as file:
+            record = json.load(file)
+    except FileNotFoundError:
+        return None
+    return from_plain(record) if record.pop("peer") == peer or not peer else None

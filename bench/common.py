@@ -44,7 +44,7 @@ class Goal:
     """`metric` of `ours` is held against that of `theirs`: ratio at most (or at least) `ratio`.
 
     `absolute`: a bound on our own median. Where both are given, both must hold; without either the ratio
-    is only shown.
+    is only shown. `plus` is added to what the ratio allows.
     """
 
     metric: str
@@ -53,17 +53,21 @@ class Goal:
     ratio: float | None = None
     at_least: bool = False
     absolute: float | None = None
+    plus: float = 0.0
 
     def text(self) -> str:
-        bounds = [] if self.ratio is None else [f"{self.ratio:g} × {self.theirs}"]
+        bounds = [] if self.ratio is None else [f"{self.ratio:g} × {self.theirs}{self._more()}"]
         bounds += [] if self.absolute is None else [f"{self.absolute:g}"]
         return ", ".join(f"{'≥' if self.at_least else '≤'} {bound}" for bound in bounds)
+
+    def _more(self) -> str:
+        return f" + {self.plus:g}" if self.plus else ""
 
     def holds(self, ours: float, theirs: float | None) -> bool | None:
         """Whether it is reached; None when nothing is asked or the other side has no figure."""
         if (self.ratio is not None and not theirs) or self.ratio is self.absolute is None:
             return None
-        bounds = [] if self.ratio is None or theirs is None else [self.ratio * theirs]
+        bounds = [] if self.ratio is None or theirs is None else [self.ratio * theirs + self.plus]
         bounds += [] if self.absolute is None else [self.absolute]
         return all(ours >= bound if self.at_least else ours <= bound for bound in bounds)
 

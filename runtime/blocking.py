@@ -199,7 +199,10 @@ class BlockingNode:
         if loop is not None and self._stopping is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended by itself
                 loop.call_soon_threadsafe(self._stopping.set)
-        thread.join(timeout)
+        if loop is not None:
+            loop.outside(thread.join, timeout)
+        else:
+            thread.join(timeout)
         if thread.is_alive():
             logger.warning("the peer thread did not end within %g s", timeout)
         return not thread.is_alive()

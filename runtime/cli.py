@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -142,6 +143,10 @@ def _logs(arguments: argparse.Namespace) -> int:
             raise MisuseError(
                 f"job {job.job_id} has ended; its logs are in {job.log_dir} on {', '.join(job.hosts)}"
             )
+        if len(job.hosts) > 1:
+            _tell(
+                f"of what it printed on {', '.join(job.hosts)}, only what is in {job.log_dir} here"
+            )
         positions, more = None, True
         while more:
             pieces, positions, more = logfiles.read(job.log_dir, query, positions)
@@ -166,7 +171,7 @@ def _stop(arguments: argparse.Namespace) -> int:
     found = _ask(job, work)
     if found is _ENDED:
         status = screens.ended_status(job, jobs.outcome(job))
-        _tell(f"job {job.job_id} has ended before: {status.stage}")
+        _tell(f"job {job.job_id} has ended before: {status.reason or status.stage}")
         return int(status.stage == "lost")
     ends, pids = found
     left = _left(ends, _still_there(pids))
@@ -269,8 +274,6 @@ def _local_pids(job: JobEndpoint, status: JobStatus) -> list[int]:
 
 def _still_there(pids: Sequence[int]) -> list[str]:
     """What lives of these processes, which have a few seconds to end."""
-    import time
-
     until = time.monotonic() + _GONE_S
     while True:
         found = [info for pid in pids if (info := spawn.look_at(pid)) and info.state not in "ZX"]

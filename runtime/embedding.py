@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from secrets import token_hex
 from typing import Any, Literal, NamedTuple
@@ -145,11 +146,8 @@ def _checked(settings: _Settings) -> _Settings:
 
 def _outer() -> Outer | None:
     """None: this process is a worker of ours already."""
-    try:
+    with suppress(MisuseError):
         current_worker()
-    except MisuseError:
-        pass
-    else:
         return None
     if actor := os.environ.get("RUNTIME_ACTOR"):
         raise MisuseError(f"this process was started by the worker {actor} and is none itself")

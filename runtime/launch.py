@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 USAGE = 2
 _DEFAULT_LOG_DIR = "~/.runtime/logs"
-_NO_AGENT_FOR = frozenset(("-h", "--help", "--dry-run", "--dry_run", "--detach"))
+_NO_AGENT_FOR = frozenset(
+    ("-h", "--help", "--dry-run", "--dry_run", "--detach", "--hosts", "--hostfile", "-H")
+)
+"""Options with which none is started in advance. Where ssh is waited for, there is time for that later."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _start(argv: Sequence[str]) -> int:
     from runtime.launcher import spawn
 
-    agent = None if _NO_AGENT_FOR & set(argv) else spawn.start_agent()
+    given = {word.partition("=")[0] for word in argv}
+    agent = None if _NO_AGENT_FOR & given else spawn.start_agent()
     spawn.become_subreaper()
     from runtime.errors import ConfigError  # after the agent has been started
 
@@ -145,7 +149,7 @@ async def _launch_on(
     from runtime.launcher.link import HostsFailed
     from runtime.launcher.prepare import dial_settings, prepare
     from runtime.launcher.sources import FoundSources
-    from runtime.launcher.survey import ProbeSettings, choose_addresses
+    from runtime.launcher.survey import choose_addresses
 
     for number in (signal.SIGINT, signal.SIGTERM):  # until the session takes them over
         asyncio.get_running_loop().add_signal_handler(number, _leave, number)
@@ -166,9 +170,10 @@ async def _launch_on(
         planned = {host.name for host in plan.hosts}
         # The others stay idle: a link of the job may go through one of them.
         links = [link for link in links if link.host.name in planned]
-        probe = ProbeSettings(options.iface, options.port_range)
         alone = len(links) == 1 and links[0].local  # else its control plane is asked from here, too
-        chosen = None if alone else await choose_addresses(links, probe)
+        chosen = None
+        if not alone:
+            chosen = await choose_addresses(links, options.iface, options.port_range)
     except HostsFailed as error:
         _complain(error)
         return error.code

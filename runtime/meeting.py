@@ -17,7 +17,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -43,7 +43,7 @@ class Meeting:
         self._deadline = time.monotonic() + timeout + (_VERDICT_S if outer.rank else 0.0)
         self._prefix = f"runtime/{outer.run_id}/"
         self._round = ""
-        self._store = self._serve() if self._serves() else self._connect()
+        self._store = self._connect() if outer.rank or outer.place.served else self._serve()
         """Of rank 0 it is the server, too: it is kept as long as the script's own groups may use it."""
 
     # -- the round ----------------------------------------------------------------------------
@@ -90,9 +90,10 @@ class Meeting:
         called: dict[int, str] = {}
         pause = _POLL_S
         while missing := [r for r in range(self._outer.world_size) if r not in found]:
+            late = time.monotonic() > self._deadline
             for rank in missing:
                 self._call(rank, called, found)
-            if time.monotonic() > self._deadline and (missing := self._missing(found)):
+            if late and (missing := [rank for rank in missing if rank not in found]):
                 self.put("roster", self._verdict(missing))
                 return
             time.sleep(pause)
@@ -110,9 +111,6 @@ class Meeting:
             self._store.set(f"{self._prefix}called/{token}", self._round)
         if self._store.check([f"{self._prefix}{self._round}/here/{token}"]):
             found[rank] = record
-
-    def _missing(self, found: Iterable[int]) -> list[int]:
-        return sorted(set(range(self._outer.world_size)) - set(found))
 
     def _verdict(self, missing: list[int]) -> dict[str, Any]:
         shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
@@ -140,9 +138,6 @@ class Meeting:
         place = f"{self._outer.place.host}:{self._outer.place.ports[0]}"
         return RendezvousError(f"the store of the job's ranks at {place} was lost: {error}")
 
-    def _serves(self) -> bool:
-        return self._outer.rank == 0 and not self._outer.place.served
-
     def _serve(self) -> Any:
         dist = _distributed()
 
@@ -167,8 +162,9 @@ class Meeting:
         while True:
             for port in place.ports:
                 store = _client(place.host, port) if _listens(place.host, port) else None
-                if store is not None and (place.served or store.check([self._sign])):
-                    return store
+                with suppress(RuntimeError):  # it has gone since
+                    if store is not None and (place.served or store.check([self._sign])):
+                        return store
             if time.monotonic() > self._deadline:
                 where = ", ".join(map(str, place.ports))
                 who = "torchrun does not serve" if place.served else "rank 0 does not serve"

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from runtime.blocking import BlockingNode
     from runtime.launcher.plan import WorkerSpec
+    from runtime.launcher.progress import StepFile
     from runtime.peer.threads import ThreadRunner
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Worker:
         self._stop = _StopRequest(spec.shutdown_timeout_s)
         self._job_info: JobInfo | None = None
         self._progress: Progress | None = None
+        self._steps: StepFile | None = None
 
     @property
     def job_info(self) -> JobInfo:
@@ -110,13 +112,27 @@ class Worker:
     def report(self, step: int | None = None, **metrics: Any) -> None:
         """Say how far this worker is: `step` (not negative) and any numbers. Cheap: call it each step.
 
-        Raises `MisuseError` for a step that is no whole number.
+        Others see the step in `members()` and `python -m runtime status`, within a heartbeat. Raises
+        `MisuseError` for a step that is no whole number, or negative.
         """
-        if step is not None and (isinstance(step, bool) or not hasattr(step, "__index__")):
-            raise MisuseError(f"report(step={step!r}): expected a whole number")
-        if step is None and self._progress is not None:
+        if step is not None:
+            if isinstance(step, bool) or not hasattr(step, "__index__") or step < 0:
+                raise MisuseError(f"report(step={step!r}): expected a whole number from 0 on")
+            self._show(int(step))
+        elif self._progress is not None:
             step = self._progress.step
         self._progress = Progress(step, metrics, time.monotonic())
+
+    def _show(self, step: int) -> None:
+        if self._progress is None or self._progress.step is None:
+            from runtime.launcher.progress import StepFile  # a script need not report
+
+            try:
+                self._steps = StepFile(self._spec)
+            except OSError as error:
+                logger.warning("nobody else sees what this worker reports: %s", error)
+        if self._steps is not None:
+            self._steps.write(step)
 
     def __str__(self) -> str:
         me = self._spec.info

@@ -11,19 +11,25 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 
-import psutil
 import pytest
 from blockbuster import BlockBuster
 
-from tests.integration.support.processes import orphaned_shared_memory, shared_memory
+from tests.integration.support.processes import (
+    Process,
+    all_pids,
+    look_at,
+    orphaned_shared_memory,
+    shared_memory,
+)
 
 _GRACE_S = float(os.environ.get("RUNTIME_TEST_GRACE_S", "5.0"))
 """How long threads, sockets and children that are on their way out may take."""
@@ -64,15 +70,29 @@ def _idle_loop() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """What `configure_logging` set in a test ends with it: `caplog` of the next one sees our records."""
+    ours = logging.getLogger("runtime")
+    before = (list(ours.handlers), ours.level, ours.propagate)
+    yield
+    if before == (ours.handlers, ours.level, ours.propagate):
+        return
+    ours.handlers[:], ours.level, ours.propagate = before
+    for name, logger in list(logging.Logger.manager.loggerDict.items()):
+        if name.startswith("runtime.") and isinstance(logger, logging.Logger):
+            logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
 def _nothing_left_behind(_runtime_dir: Path, _idle_loop: None) -> Iterator[None]:
     """Fail the test that leaves a thread, socket, child process, runtime directory or shared memory."""
-    threads, sockets, children = set(threading.enumerate()), _sockets(), _children()
+    threads, sockets, others = set(threading.enumerate()), _sockets(), frozenset(all_pids())
     files, memory = _runtime_entries(_runtime_dir), shared_memory()
     yield
     left = {
         "threads": lambda: {t.name for t in set(threading.enumerate()) - threads if not _lasts(t)},
         "sockets": lambda: _sockets() - sockets,
-        "child processes": lambda: _children() - children,
+        "child processes": lambda: _children(besides=others),
         "runtime directories": lambda: _runtime_entries(_runtime_dir) - files,
         "shared memory": lambda: orphaned_shared_memory(since=memory),
     }
@@ -144,18 +164,25 @@ def _sockets() -> set[str]:
     return found
 
 
-def _children() -> set[str]:
-    """Our living children and theirs, as "pid command"."""
-    found = set()
-    for child in psutil.Process().children(recursive=True):
-        try:
-            command = " ".join(child.cmdline())
-            if child.status() == psutil.STATUS_ZOMBIE or any(h in command for h in _HELPERS):
-                continue
-        except psutil.Error:
-            continue
-        found.add(f"{child.pid} {command}")
-    return found
+def _children(*, besides: frozenset[int]) -> set[str]:
+    """Our living children and theirs but for those with pids of before, as they print.
+
+    Only what is new is looked at: to read of all processes whose children they are takes longer than most tests.
+    """
+    new = {pid: process for pid in all_pids() if pid not in besides and (process := look_at(pid))}
+    return {str(p) for p in new.values() if _is_ours(p, new) and not _is_helper(p)}
+
+
+def _is_ours(process: Process | None, new: Mapping[int, Process]) -> bool:
+    while process is not None:
+        if process.parent == os.getpid():
+            return True
+        process = new.get(process.parent) or look_at(process.parent)
+    return False
+
+
+def _is_helper(process: Process) -> bool:
+    return any(helper in process.command for helper in _HELPERS)
 
 
 def _runtime_entries(base: Path) -> set[str]:

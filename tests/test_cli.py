@@ -68,7 +68,7 @@ def test_an_ended_job_is_remembered(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["status", "--watch", "--json"]) == 0, "there is nothing to wait for"
     assert json.loads(capsys.readouterr().out)["exit_code"] == 137
     assert main(["stop"]) == 0
-    assert "has ended before: failed" in capsys.readouterr().err
+    assert "has ended before: t-1 on h: SIGKILL" in capsys.readouterr().err
     assert main(["list"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["j1", "train", "failed"]
 

@@ -60,9 +60,7 @@ class Host:
         me = self.actors[rank]
         endpoint = Endpoint(self.network.transport(f"{me.name}.0000ffff"), role=me.role, rank=rank)
         agent = PeerAddress(AGENT, f"mem://{AGENT}")
-        client = ControlClient(
-            endpoint, agent, me=me, incarnation=0, actors=self.actors
-        )
+        client = ControlClient(endpoint, agent, me=me, incarnation=0, actors=self.actors)
         endpoint.directory = client
         async with endpoint, client:
             yield endpoint

@@ -352,6 +352,8 @@ def test_reports_keep_the_last_step_and_refuse_what_is_no_number(tmp_path: Path)
     assert (worker.progress.step, worker.progress.metrics) == (3, {"loss": 0.5})
     with pytest.raises(MisuseError, match="step='4'"):
         worker.report(step="4")  # type: ignore[arg-type]
+    with pytest.raises(MisuseError, match="from 0 on"):
+        worker.report(step=-1)
 
 
 def test_an_async_function_that_left_a_thread_hanging_does_not_hang_a_failed_worker(

@@ -20,6 +20,7 @@ import signal
 import struct
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from runtime import aio
@@ -33,6 +34,7 @@ from runtime.job import ActorInfo
 from runtime.launcher import spawn
 from runtime.launcher.assignment import Assignment, spec_file
 from runtime.launcher.plan import WorkerSpec, planned_actors
+from runtime.launcher.progress import reported
 from runtime.peer.context import PeerAddress
 from runtime.peer.endpoint import Endpoint
 from runtime.transport.arena_keeper import make_keeper
@@ -92,6 +94,7 @@ async def _conduct(assignment: Assignment, endpoint: Endpoint, notify: Notify) -
         notify({"event": "listening", "peer": address.peer, "address": address.address})
         control = Control(endpoint.peer, address, service.ask)
         async with Adopted(assignment, control) as adopted:
+            service.progress = adopted.progress
             await adopted.begin()
             notify({"event": "ready"})
             await adopted.ended
@@ -147,12 +150,18 @@ class Adopted(aio.Service):
         """Watch the ranks, announce them, and write down for each what it is to know."""
         for place, (info, pid) in enumerate(zip(self._mine, self._pids, strict=True)):
             spec = self._spec(info, place)
-            await self._control.ask("membership", self._starting(spec, pid))
+            who = {"name": info.name, "incarnation": spec.incarnation, "peer": spec.peer}
+            where = {"host": self._assignment.host, "agent": self._control.me, "pid": pid}
+            await self._control.ask("membership", {"op": "starting", **who, **where})
             self._watch(_Rank(spec, pid, _open(pid), place))
-            _write(spec_file(self._assignment.job_dir, info.local_rank), pickle.dumps(spec))
+            _write(spec_file(self._assignment.job_dir, info.local_rank), spec)
 
     def directive(self, message: Mapping[str, Any]) -> None:
         """Nobody decides about ranks here."""
+
+    def progress(self) -> dict[str, Any]:
+        """What the ranks here have reported, by name."""
+        return reported(rank.spec for rank in self._ranks.values())
 
     async def leave(self, grace_s: float) -> None:
         """The control plane is lost: the ranks go on without it, and so does this agent, for the arena."""
@@ -187,11 +196,6 @@ class Adopted(aio.Service):
             accept_from=assignment.accept_from,
             port_range=assignment.port_range,
         )
-
-    def _starting(self, spec: WorkerSpec, pid: int) -> dict[str, Any]:
-        who = {"name": spec.info.name, "incarnation": spec.incarnation, "peer": spec.peer}
-        where = {"host": self._assignment.host, "agent": self._control.me, "pid": pid}
-        return {"op": "starting", **who, **where}
 
     # -- their ends ---------------------------------------------------------------------------
 
@@ -244,10 +248,9 @@ def _open(pid: int) -> int:
         return -1
 
 
-def _write(path: str, content: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(content)
+def _write(path: str, spec: WorkerSpec) -> None:
+    with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
+        pickle.dump(spec, file)
 
 
 def how_it_ended(pid: int, pidfd: int) -> spawn.Exit | None:

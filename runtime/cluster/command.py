@@ -57,6 +57,10 @@ class Hands(Protocol):
 
     async def leave(self, grace_s: float) -> None: ...
 
+    def progress(self) -> Mapping[str, Any]:
+        """How far the workers here are, by name."""
+        ...
+
 
 class Conductor:
     """The part of the agent that holds the control plane. `emitted` is to be given the plane's events."""
@@ -74,6 +78,7 @@ class Conductor:
     def take(self, service: ControlService, supervisor: Hands) -> None:
         """Work with these."""
         self._service, self._supervisor = service, supervisor
+        service.progress = supervisor.progress
 
     def emitted(self, event: Mapping[str, Any]) -> None:
         """Take an event of the control plane."""
@@ -267,7 +272,8 @@ class Follower(Service):
         while True:
             try:
                 async with asyncio.timeout_at(max(answered + limit, clock() + _THAWED_S)):
-                    await self._client.ask("membership", {"op": "heartbeat"})
+                    beaten = {"op": "heartbeat", "progress": self._supervisor.progress()}
+                    await self._client.ask("membership", beaten)
                 answered = clock()
             except TimeoutError:
                 self._lose(f"its heartbeat was not answered for {limit:g} s")

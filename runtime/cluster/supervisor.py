@@ -27,6 +27,7 @@ from runtime.launcher import spawn
 from runtime.launcher.assignment import Assignment
 from runtime.launcher.output import Capture, Outputs
 from runtime.launcher.plan import WorkerSpec
+from runtime.launcher.progress import reported
 from runtime.launcher.starter import Starter
 from runtime.launcher.watch import Watch
 
@@ -116,6 +117,10 @@ class Supervisor(aio.Service):
             {"name": p.spec.info.name, "incarnation": p.spec.incarnation, "pid": p.watch.pid}
             for p in self._processes.values()
         ]
+
+    def progress(self) -> dict[str, Any]:
+        """What they have reported, by name."""
+        return reported(process.spec for process in self._processes.values())
 
     async def leave(self, grace_s: float) -> None:
         """The job is over for this host, for whatever reason: end all workers within `grace_s` seconds and

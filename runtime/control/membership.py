@@ -356,6 +356,7 @@ class Membership:
         member.state, member.incarnation, member.peer = "starting", incarnation, peer
         member.address, member.pid, member.agent, member.metadata = "", 0, "", {}
         member.cause, member.code, member.settled = "", None, False
+        member.step = member.epoch = None
         return effects
 
     def _end(self, member: _Member, state: str, cause: str, code: int | None) -> list[Effect]:

@@ -100,6 +100,8 @@ class ControlService(Service):
         self._endpoint, self._plane, self._me = endpoint, plane, me
         self._on_send, self._on_emit = on_send, on_emit
         self._heartbeat_interval = heartbeat_interval
+        self.progress: Callable[[], Message] = dict
+        """How far the workers of the hosting agent are: asked at each heartbeat."""
         self._driver: Driver | None = None
         self._waiting: dict[Call, list[asyncio.Future[Any]]] = {}
         self._couriers: dict[str, _Courier] = {}
@@ -156,7 +158,8 @@ class ControlService(Service):
             await asyncio.Event().wait()
         beat = {"op": "heartbeat", "agent": self._me}
         while True:
-            command = {"op": "ask", "machine": "membership", "message": beat}
+            message = {**beat, "progress": self.progress()}
+            command = {"op": "ask", "machine": "membership", "message": message}
             self._running_driver().handle(command)
             await asyncio.sleep(self._heartbeat_interval)
 

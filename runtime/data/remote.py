@@ -156,7 +156,7 @@ class RemoteSide:
         return True
 
     def _interrupted(self, link: VisitedLink, request: Request) -> None:
-        link.end("a visitor was interrupted")
+        link.interrupted()
         if "id" in request.message:
             self._withdraw(request.message, request)
 

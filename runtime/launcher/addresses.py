@@ -73,7 +73,7 @@ def candidates(
         for interface, address in found
         if not iface or any(_fits(interface, address, wanted) for wanted in iface)
     ]
-    fitting.sort(key=lambda candidate: (not candidate.preferred, _class(candidate)))
+    fitting.sort(key=_kind)
     return tuple(fitting[:MOST_CANDIDATES])
 
 
@@ -83,9 +83,10 @@ def _fits(interface: str, address: str, wanted: str) -> bool:
     return wanted in (interface, address)
 
 
-def _class(candidate: Candidate) -> tuple[int, int]:
+def _kind(candidate: Candidate) -> tuple[bool, int, int]:
+    """The best kind is the least."""
     ip = ip_address(candidate.address)
-    return (2 if ip.is_link_local else int(ip.is_global)), ip.version
+    return not candidate.preferred, 2 if ip.is_link_local else int(ip.is_global), ip.version
 
 
 def partners(count: int) -> list[tuple[int, ...]]:
@@ -132,11 +133,7 @@ def choose(
 
 def _best(reached: Sequence[Candidate]) -> list[Candidate]:
     """Those of the best kind. They are in order."""
-    return [
-        each
-        for each in reached
-        if (each.preferred, _class(each)) == (reached[0].preferred, _class(reached[0]))
-    ]
+    return [each for each in reached if _kind(each) == _kind(reached[0])]
 
 
 def _kinship(one: Candidate, other: Candidate) -> float:

@@ -66,7 +66,11 @@ def own_names(named: str = "") -> tuple[str, ...]:
     name = socket.gethostname()
     short = re.escape(name.partition(".")[0])
     meant = re.search(rf"(?i)(?<![\w.-]){short}\.", named)
-    return (name, *((socket.getfqdn(),) if meant else ()), *_addresses())
+    return (
+        name,
+        *((socket.getfqdn(),) if meant else ()),
+        *(address for _, address in interfaces()),
+    )
 
 
 def interfaces() -> list[tuple[str, str]]:
@@ -84,31 +88,14 @@ def interfaces() -> list[tuple[str, str]]:
         for name, family, address in struct.iter_unpack(_IFREQ, records[:used].tobytes()):
             if family == socket.AF_INET and address[0] != _LOOPBACK_NET:
                 found.append((name.rstrip(b"\0").decode(), socket.inet_ntop(family, address)))
-    for line in _lines("/proc/net/if_inet6"):
+    try:
+        with open("/proc/net/if_inet6") as file:
+            lines = file.read().splitlines()
+    except OSError:  # a kernel without IPv6
+        lines = []
+    for line in lines:
         text, _, _, scope, _, name = line.split()
         address6 = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(text))
         if scope != _SCOPE_HOST:
             found.append((name, f"{address6}%{name}" if scope == _SCOPE_LINK else address6))
     return found
-
-
-def _addresses() -> set[str]:
-    found: set[str] = set()
-    for line in _lines("/proc/net/if_inet6"):
-        found.add(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(line.split()[0])))
-    address = ""
-    for line in _lines("/proc/net/fib_trie"):
-        words = line.split()
-        if words[:1] == ["|--"]:
-            address = words[1]
-        elif words[1:] == ["host", "LOCAL"]:
-            found.add(address)
-    return found
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        with open(path) as file:
-            return file.read().splitlines()
-    except OSError:  # a kernel without that protocol
-        return []

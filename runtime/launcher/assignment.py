@@ -55,7 +55,7 @@ class Assignment:
     node_rank: int = 0
     address: str = ""
     accept_from: tuple[str, ...] = ()
-    security: tuple[bytes, bytes, frozenset[bytes]] | None = None
+    security: tuple[bytes, bytes, frozenset[bytes]] | None = field(default=None, repr=False)
     detached: bool = False
     embedded: Embedded | None = None
     drain_timeout_s: float = 60.0

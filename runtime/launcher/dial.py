@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from runtime.errors import RuntimeFault, WireError
+from runtime.errors import WireError
 from runtime.launcher import greeting, slurm, spawn, ssh
 from runtime.launcher.channel import Kind
 from runtime.launcher.link import AgentLink, HostsFailed
@@ -50,14 +50,6 @@ def carried(host: Host, settings: DialSettings, command: str, connect_s: float) 
     if settings.carrier == "srun":
         return slurm.srun_argv(host, command)
     return ssh.ssh_argv(host, settings, command, connect_s)
-
-
-class _Failed(RuntimeFault):
-    """A host did not answer. `.failure`."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure)
-        self.failure = failure
 
 
 class _Dials:
@@ -145,8 +137,8 @@ class _Dials:
         except TimeoutError:
             reason = f"no answer within {self._settings.timeout_s:g} s (waited for {attempt.stage})"
             failure = Failure(host.name, reason, True)
-        except _Failed as error:
-            failure = error.failure
+        except HostsFailed as error:
+            (failure,) = error.failures
         except (OSError, WireError) as error:
             failure = Failure(host.name, str(error), True)
         except BaseException:
@@ -161,7 +153,7 @@ class _Dials:
 
 
 class _Attempt:
-    """One attempt to reach one host. Its methods raise `_Failed`."""
+    """One attempt to reach one host. Its methods raise `HostsFailed`."""
 
     def __init__(self, host: Host, settings: DialSettings) -> None:
         self._host, self._settings = host, settings
@@ -172,7 +164,8 @@ class _Attempt:
     async def interpreter(self, trunk: Trunk | None, connect_s: float) -> None:
         """Start the interpreter there. It must be like ours."""
         host, token = self._host, secrets.token_hex(8)
-        command = ssh.remote_command(self._python, spawn.GUARDED_AGENT, token)
+        env = self._settings.env
+        command = ssh.remote_command(self._python, spawn.GUARDED_AGENT, token, env)
         argv = carried(host, self._settings, command, connect_s)
         self.stage = f"ssh and {self._python}"
         if trunk is None:
@@ -185,7 +178,7 @@ class _Attempt:
         here = greeting.minor(sys.version.split()[0])
         if greeting.minor(version) != here:
             reason = f"python {version} there ({self._python}), but {here} here"
-            raise _Failed(Failure(host.name, reason))
+            raise HostsFailed.of([Failure(host.name, reason)])
 
     async def greeted(self) -> None:
         """Ask the agent what it is."""
@@ -197,10 +190,10 @@ class _Attempt:
             raise await self._ended("")
         self.link.hello = greeting.read_hello(frame)
 
-    async def _ended(self, noise: str) -> _Failed:
+    async def _ended(self, noise: str) -> HostsFailed:
         assert self.link is not None
         words = await self.link.words(noise)
-        return _Failed(ssh.why(self._host.name, words, self._python, spawn.ROOT))
+        return HostsFailed.of([ssh.why(self._host.name, words, self._python, spawn.ROOT)])
 
     async def close(self) -> None:
         if self.link is not None:

@@ -147,14 +147,6 @@ def _port_range(text: str) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def _tree(text: str) -> tuple[int, int]:
-    low, _, each = text.partition(":")
-    try:
-        return _whole(1)(low), _whole(1)(each)
-    except ValueError:
-        raise ValueError("must be HOSTS:EACH, whole numbers of at least 1, as 32:8") from None
-
-
 def modules(text: str) -> tuple[str, ...]:
     """Module names with commas between."""
     names = tuple(name.strip() for name in text.split(","))
@@ -247,7 +239,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("-n -np --np", "workers in all, instead of --nproc-per-node", "N", _whole(1), "total"),
         Flag("--role", "name of the role (default)", "NAME", _text),
         Flag("--standalone", "one host, with a rendezvous of its own"),
-        Flag("--node-rank", "which of the hosts this is: 0 while one is started", "N", _whole(0)),
+        Flag("--node-rank", "as torchrun's; the launcher starts all hosts itself", "N", _whole(0)),
     ),
     "Where": (
         Flag("--hosts", "hosts with their slots; gpu[01-04]:8 is four", "H1:8,H2:8", _text),
@@ -255,7 +247,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("-i --include", "only these hosts, or these slots of them", "H1@H2:0,2", _text),
         Flag("-e --exclude", "all but these", "H1@H2:0,2", _text),
         Flag("--launcher",
-             "how hosts are reached: not, by ssh (this machine, too), by srun; slurm elsewhere: sbatch",
+             "local: only this machine; ssh: each by ssh; slurm: by srun, and where there is no allocation submit",
              "local|ssh|slurm", _one_of("local", "ssh", "slurm")),
         Flag("--iface --local-addr",
              "interfaces, networks or addresses that hosts talk by (found by trying)",
@@ -265,8 +257,6 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--ssh-port", "port of ssh on the hosts", "PORT", _whole(1, 65535)),
         Flag("--ssh-config", "ssh's configuration file, instead of the user's", "FILE", _text),
         Flag("--ssh-args", "more options of ssh: --ssh-args='-i KEY -J GATE'", "WORDS", _command_words),
-        Flag("--ssh-tree", "from so many hosts on, they dial each other, each so many (32:8)",
-             "HOSTS:EACH", _tree),
         Flag("--slurm-args", "more options of sbatch: --slurm-args='-p gpu -t 4:00:00'", "WORDS",
              _command_words),
     ),
@@ -275,11 +265,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--master-addr", "address that rank 0 of a role listens on", "ADDR", _text),
         Flag("--master-port", "its port (a free one)", "PORT", _whole(0, 65535)),
         Flag("--port-range", "free ports are looked for here", "LOW:HIGH", _port_range),
-        Flag("--rdzv-backend", "as torchrun's; with one host nothing depends on it", "NAME",
+        Flag("--rdzv-backend", "as torchrun's; nothing depends on it", "NAME",
              _one_of("c10d", "static", "etcd", "etcd-v2")),
-        Flag("--rdzv-endpoint", "as torchrun's; with one host nothing depends on it", "HOST:PORT",
+        Flag("--rdzv-endpoint", "as torchrun's; nothing depends on it", "HOST:PORT",
              _endpoint),
-        Flag("--rdzv-conf", "as torchrun's; with one host nothing depends on it", "K=V,…", _pairs),
+        Flag("--rdzv-conf", "as torchrun's; nothing depends on it", "K=V,…", _pairs),
     ),
     "Environment of the workers": (
         Flag("-x --env", "set a variable, or pass this shell's on; repeatable", "NAME[=VALUE]",

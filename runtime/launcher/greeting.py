@@ -30,7 +30,6 @@ class Hello(NamedTuple):
     torch: str | None
     runtime: str
     protocol: int
-    pid: int
     cpu_count: int
     gpu_count: int
     addresses: tuple[tuple[str, str], ...] = ()
@@ -48,7 +47,6 @@ def describe(asked: Mapping[str, Any]) -> Hello:
         torch=_torch_version(),
         runtime=sys.modules["runtime"].__version__,
         protocol=VERSION,
-        pid=os.getpid(),
         cpu_count=len(os.sched_getaffinity(0)),
         gpu_count=around.gpu_count(),
         addresses=tuple(around.interfaces()),
@@ -119,15 +117,20 @@ async def meet(channel: Channel, frame: Frame) -> tuple[Frames, Frame | None]:
 
 
 def check(hellos: Mapping[str, Hello], own: Hello) -> list[Failure]:
-    """What does not fit on each host (by name): versions other than the launcher's, things that lack.
+    """What does not fit on each host (by name): versions other than the launcher's, things that lack, a machine
+    that has another name, too.
 
     Where this machine has no torch, the hosts must agree among themselves.
     """
     torch = own.torch or next((hello.torch for hello in hellos.values() if hello.torch), None)
     wanted = own._replace(torch=torch)
     failures = []
+    names: dict[tuple[object, ...], str] = {}
     for name, hello in hellos.items():
         problems = [*_unlike(hello, wanted), *hello.problems]
+        first = names.setdefault((hello.hostname, *sorted(hello.addresses)), name)
+        if hello.addresses and first != name:
+            problems.append(f"it is the same machine as {first}: name it once")
         if problems:
             failures.append(Failure(name, "; ".join(problems)))
     return failures

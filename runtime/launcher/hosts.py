@@ -143,6 +143,12 @@ def _port(key: str, text: str) -> int:
     return int(text)
 
 
+def _address(key: str, text: str) -> str:
+    if not re.fullmatch(f"{_NAME}|{_IPV6}", text):
+        raise ValueError(f"{key} must be a host name or an address, not {text!r}")
+    return text
+
+
 def _word(key: str, text: str) -> str:
     if not text:
         raise ValueError(f"{key} is empty")
@@ -153,7 +159,7 @@ _KEYS: Mapping[str, Callable[[str, str], Any]] = {
     "slots": _positive,
     "max_slots": _positive,
     "port": _port,
-    "addr": _word,
+    "addr": _address,
     "python": _word,
     "role": _word,
 }
@@ -184,12 +190,10 @@ def _hosts_of_line(words: Sequence[str]) -> list[Host]:
 def select_hosts(
     hosts: Sequence[Host], include: str | None = None, exclude: str | None = None
 ) -> tuple[Host, ...]:
-    """Apply `--include` or `--exclude`: "h1@h2:0,2" is all of h1, and slots 0 and 2 of h2.
+    """Apply `--include` or else `--exclude`: "h1@h2:0,2" is all of h1, and slots 0 and 2 of h2.
 
     A host of which only some slots are left has them in `devices`. Raises `ConfigError`.
     """
-    if include is not None and exclude is not None:
-        raise ConfigError("--include and --exclude: one of them, not both")
     if include is not None:
         chosen = _selection(include, hosts, "--include")
         picked = [_only(host, chosen[host.name]) for host in hosts if host.name in chosen]

@@ -16,7 +16,9 @@ import shutil
 import socket
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from runtime.errors import ConfigError, MisuseError
@@ -47,7 +49,8 @@ def register(endpoint: JobEndpoint) -> None:
         record["security"] = [public.hex(), secret.hex()]
     try:
         where = _made(endpoint.job_id)
-        _remove(os.path.join(where, OUTCOME))  # of an earlier job of that id
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(where, OUTCOME))  # of an earlier job of that id
         _write(os.path.join(where, _FILE), record)
     except OSError as error:
         where = folder(endpoint.job_id)
@@ -91,6 +94,8 @@ def read(job_id: str) -> JobEndpoint:
         hosts = tuple(record.pop("hosts"))
         endpoint = JobEndpoint(**record, hosts=hosts, security=keys)
         float(endpoint.started)
+        if endpoint.job_id != job_id:
+            raise ValueError(f"it is of job {endpoint.job_id!r}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} is no endpoint file: {error!r}") from error
     return endpoint
@@ -168,7 +173,7 @@ def outcome(endpoint: JobEndpoint) -> Ended | None:
         try:
             kept = read_kept(where, endpoint.peer)
             at = os.stat(os.path.join(where, OUTCOME)).st_mtime if kept else 0.0
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
         if kept is not None:
             return Ended(kept, at)
@@ -229,15 +234,6 @@ def _refuse_strangers(found: os.stat_result, path: str, kind: Any) -> None:
 def _write(path: str, record: Mapping[str, Any]) -> None:
     """All of it or nothing, readable by us alone."""
     new = f"{path}.{os.getpid()}"
-    _remove(new)
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "w") as file:
+    with open(new, "w", opener=partial(os.open, mode=0o600)) as file:
         json.dump(record, file)
     os.replace(new, path)
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass

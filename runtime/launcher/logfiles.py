@@ -8,7 +8,9 @@ followers without holding a thing for them, and who was away goes on where it st
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
@@ -84,40 +86,20 @@ def read(
 
 
 def _files(folder: str, query: Query, ranks: Collection[tuple[str, int]] | None) -> Iterator[_File]:
-    for attempt, role, rank in _folders(folder, query):
-        if ranks is not None and (role, rank) not in ranks:
+    role = "*" if query.role is None else glob.escape(query.role)
+    rank = "*" if query.rank is None else str(query.rank)
+    for path in glob.iglob(f"attempt_*/{role}/{rank}/*.log", root_dir=folder):
+        match = re.fullmatch(r"attempt_(\d+)/([^/]+)/(\d+)/(\w+)\.log", path)
+        if match is None or match[4] not in query.streams:
             continue
-        for stream in query.streams:
-            path = os.path.join(f"attempt_{attempt}", role, str(rank), f"{stream}.log")
-            try:
-                found = os.stat(os.path.join(folder, path))
-            except OSError:  # this one prints nothing, or has no file
-                continue
-            yield _File(path, role, rank, attempt, stream, found.st_size, found.st_mtime)
-
-
-def _folders(folder: str, query: Query) -> Iterator[tuple[int, str, int]]:
-    """Attempt, role and rank of every process start that has left a folder."""
-    for name in _names(folder):
-        prefix, _, number = name.partition("attempt_")
-        if prefix or not number.isdecimal():
+        found = _File(path, match[2], int(match[3]), int(match[1]), match[4], 0, 0.0)
+        if ranks is not None and (found.role, found.rank) not in ranks:
             continue
-        for role in _names(os.path.join(folder, name)) if query.role is None else [query.role]:
-            for rank in _ranks(os.path.join(folder, name, role), query.rank):
-                yield int(number), role, rank
-
-
-def _names(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
-
-
-def _ranks(folder: str, only: int | None) -> list[int]:
-    if only is not None:
-        return [only]
-    return [int(name) for name in _names(folder) if name.isdecimal()]
+        try:
+            about = os.stat(os.path.join(folder, path))
+        except OSError:  # removed since it was found
+            continue
+        yield found._replace(size=about.st_size, changed=about.st_mtime)
 
 
 def _last_lines(folder: str, files: list[_File], lines: int | None) -> dict[str, int]:

@@ -54,7 +54,6 @@ class LaunchOptions:
     ssh_port: int | None = None
     ssh_config: str | None = None
     ssh_args: tuple[str, ...] = ()
-    ssh_tree: tuple[int, int] = (32, 8)
     slurm_args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     env_files: tuple[str, ...] = ()

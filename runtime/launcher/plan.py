@@ -105,7 +105,7 @@ class WorkerSpec:
     start_timeout_s: float = 600.0
     host_address: str = ""
     agent_host: str = ""
-    security: tuple[bytes, bytes, frozenset[bytes]] | None = None
+    security: tuple[bytes, bytes, frozenset[bytes]] | None = field(default=None, repr=False)
     accept_from: tuple[str, ...] = ()
     port_range: tuple[int, int] | None = None
 

@@ -22,6 +22,7 @@ from runtime.launcher.entries import Sources, check_entry, find_preload
 from runtime.launcher.hosts import mark_local, parse_hostfile, parse_hosts, select_hosts
 from runtime.launcher.options import LaunchOptions
 from runtime.launcher.plan import Facts, Host, Plan, make_plan
+from runtime.launcher.tunables import READ_AT_START
 
 if TYPE_CHECKING:
     from runtime.launcher.ssh import DialSettings
@@ -102,7 +103,7 @@ def dial_settings(
 
     ssh gives a silent line up when an agent would be, too: not before.
     """
-    from runtime.launcher.ssh import DialSettings  # most launches have one host
+    from runtime.launcher.ssh import DialSettings, forwarded  # most launches have one host
 
     if options.job_file is not None:
         roles = list(job_from_toml(facts.files[options.job_file], options.job_file).roles.values())
@@ -124,10 +125,11 @@ def dial_settings(
         ssh_port=options.ssh_port,
         ssh_config=options.ssh_config,
         ssh_args=options.ssh_args,
+        env=tuple(
+            item for item in forwarded(facts.env).items() if item[0].startswith(READ_AT_START)
+        ),
         timeout_s=options.connect_timeout,
         alive_interval_s=max(1, math.ceil(config.coordinator.heartbeat_timeout_ms / 3000)),
-        tree_from=options.ssh_tree[0],
-        fan_out=options.ssh_tree[1],
     )
 
 

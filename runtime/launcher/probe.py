@@ -71,7 +71,9 @@ class _Listeners:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 sock.bind(where)
-                server = await asyncio.get_running_loop().create_server(self._answer, sock=sock)
+                server = await asyncio.get_running_loop().create_server(
+                    lambda: _Answer(self._secret, self._connections), sock=sock
+                )
             except OSError as error:
                 sock.close()
                 if error.errno == errno.EADDRINUSE and self._ports:
@@ -80,9 +82,6 @@ class _Listeners:
             self._servers.append(server)
             return int(sock.getsockname()[1])
         raise OSError(f"no free port in {low}:{high}")
-
-    def _answer(self) -> asyncio.Protocol:
-        return _Answer(self._secret, self._connections)
 
     def close(self) -> None:
         for server in self._servers:
@@ -164,7 +163,6 @@ def _numeric(address: str, port: int) -> tuple[int, Any]:
 
 
 def _reason(error: OSError) -> str:
-    of_system = (
-        error.errno is not None and error.errno > 0
-    )  # asyncio puts its own words before those
-    return (os.strerror(error.errno or 0) if of_system else error.strerror or str(error)).lower()
+    if (error.errno or 0) > 0:  # asyncio puts its own words before those of the system
+        return os.strerror(error.errno or 0).lower()
+    return (error.strerror or str(error)).lower()

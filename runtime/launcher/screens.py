@@ -62,7 +62,7 @@ def list_text(
             item.job.name,
             item.stage,
             lasting(now - item.job.started) + " ago",
-            _hosts_in_short(item.job.hosts),
+            item.job.hosts[0] + (f" +{more}" if (more := len(item.job.hosts) - 1) else ""),
             "" if item.end is None else str(item.end.code),
         )
         for item in listed
@@ -70,13 +70,9 @@ def list_text(
     return "\n".join(table(_LISTED, rows, width, colour)) + "\n"
 
 
-def _hosts_in_short(hosts: Sequence[str]) -> str:
-    return hosts[0] + (f" +{len(hosts) - 1}" if len(hosts) > 1 else "")
-
-
 def _hosts(status: JobStatus, width: int) -> list[str]:
     rows = [
-        (host.host, _text(host.pid), _age(host.last_heartbeat_s), host.problem)
+        (host.host, _text(host.pid), _text(host.last_heartbeat_s, ".0f", " s ago"), host.problem)
         for host in status.hosts
     ]
     return table(["host", "agent", "heard of", ""], rows, width)
@@ -126,12 +122,8 @@ def _painted(text: str, state: str, colour: bool) -> str:
     return f"\x1b[{_COLOURS[state]}m{text}\x1b[0m" if colour and state in _COLOURS else text
 
 
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
-
-
-def _age(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.0f} s ago"
+def _text(value: float | None, form: str = "", unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def _when(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Slurm: the hosts of an allocation, the command that carries an agent there, the script of a submission.
+"""Slurm: the hosts of an allocation, and the command that carries an agent there (`submit.py` asks for one).
 
 Inside an allocation its nodes are the hosts and `srun` starts the agents, each a step of one task whose
 standard input and output carry the frames. Nothing is asked of Slurm but what its variables say. When every
@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from runtime.errors import ConfigError
 from runtime.launcher.hosts import parse_hosts
@@ -116,40 +115,3 @@ def srun_argv(host: Host, command: str) -> list[str]:
     """The local command that runs the shell's `command` on a node of the allocation."""
     without = [word for name in _NOT_FOR_AGENTS for word in ("-u", name)]
     return ["env", *without, *_SRUN, f"--nodelist={host.name}", "sh", "-c", command]
-
-
-# Submission
-
-
-class Submission(NamedTuple):
-    """A batch job to be: the command that submits it, and the script for its standard input."""
-
-    argv: tuple[str, ...]
-    script: str
-
-
-class Wanted(NamedTuple):
-    """What a job needs of Slurm. `nodes`: fewest and most. None: not said."""
-
-    nodes: tuple[int, int]
-    tasks_per_node: int | None = None
-    tasks: int | None = None
-    nodelist: tuple[str, ...] = ()
-
-
-def submission(
-    name: str, wanted: Wanted, command: Sequence[str], sbatch_args: Sequence[str]
-) -> Submission:
-    """A batch job that runs `command` in an allocation; `sbatch_args` go before what follows from the job."""
-    import shlex  # few launches submit
-
-    low, high = wanted.nodes
-    argv = ["sbatch", "--parsable", f"--job-name={name}"]
-    argv.append(f"--nodes={low}" if low == high else f"--nodes={low}-{high}")
-    if wanted.tasks_per_node is not None:
-        argv.append(f"--ntasks-per-node={wanted.tasks_per_node}")
-    if wanted.tasks is not None:
-        argv.append(f"--ntasks={wanted.tasks}")
-    if wanted.nodelist:
-        argv.append(f"--nodelist={','.join(wanted.nodelist)}")
-    return Submission((*argv, *sbatch_args), f"#!/bin/sh\nexec {shlex.join(command)}\n")

@@ -10,7 +10,7 @@ variable: they follow on standard input, later.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,8 @@ class DialSettings:
     """How hosts are reached, and what must be there. Times are seconds.
 
     `python`: the interpreter of a host that names none. `workdir`, `pythons` and `paths` must exist on every
-    host. `timeout_s`: by then all hosts have answered or are named. At most `at_once` hosts are dialled at
+    host. `env`: what the interpreter there is started with, so that its workers can be forked from what starts
+    first. `timeout_s`: by then all hosts have answered or are named. At most `at_once` hosts are dialled at
     once; with `tree_from` hosts or more, each of the first dials up to `fan_out` others, and so on.
     """
 
@@ -40,6 +41,7 @@ class DialSettings:
     ssh_port: int | None = None
     ssh_config: str | None = None
     ssh_args: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
     timeout_s: float = 30.0
     alive_interval_s: int = 5
     alive_count: int = 3
@@ -90,13 +92,16 @@ def ssh_words(host: Host, settings: DialSettings, connect_s: float) -> list[str]
     return argv
 
 
-def remote_command(python: str, code: str, token: str) -> str:
-    """What the login shell there is given: print the marker with the interpreter's version, run `code`."""
+def remote_command(python: str, code: str, token: str, env: Iterable[tuple[str, str]] = ()) -> str:
+    """What the login shell there is given: print the marker with the interpreter's version, run `code`; with
+    the variables `env`."""
     import shlex  # one-host launches come here for the records only
 
     marked = f'import sys; print("{_MARKER} {token}", sys.version.split()[0], flush=True); {code}'
     # sh says "not found" as 127 and "not executable" as 126; other login shells have other numbers.
-    words = ("exec", "sh", "-c", 'exec "$0" "$@"', python, "-c", marked)
+    given = [f"{name}={value}" for name, value in env]
+    start = ["exec", "env", *given] if given else ["exec"]
+    words = (*start, "sh", "-c", 'exec "$0" "$@"', python, "-c", marked)
     return " ".join(map(shlex.quote, words))
 
 

@@ -21,16 +21,15 @@ from typing import Any, NamedTuple
 from runtime.errors import RuntimeFault
 from runtime.job import IDENTITY_ENV
 from runtime.launcher import child, spawn, zygote
+from runtime.launcher.tunables import READ_AT_START
 from runtime.launcher.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-_READ_AT_START = ("PYTHON", "LD_", "MALLOC_", "GLIBC_TUNABLES")
-"""Prefixes of variables that the interpreter and the loader read: a running process cannot take them on."""
 _SET_FOR_EACH = frozenset(("PYTHONUNBUFFERED", "PYTHONFAULTHANDLER"))
 """What these ask for every worker does by itself."""
 _READ_AT_IMPORT = (
-    *_READ_AT_START,
+    *READ_AT_START,
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "ATEN_"),
     *("TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "TRITON_", "HF_", "TRANSFORMERS_"),
 )
@@ -62,7 +61,7 @@ class _Zygote:
     """One fork server process and the socket to it. Requests are made one after the other."""
 
     def __init__(self, started: zygote.Started, env: Mapping[str, str]) -> None:
-        self._start_env = _relevant(env, _READ_AT_START)
+        self._start_env = _relevant(env, READ_AT_START)
         self._socket = socket.socket(fileno=started.control_fd)
         self._socket.setblocking(False)
         self._lock = asyncio.Lock()
@@ -74,7 +73,7 @@ class _Zygote:
 
     def may_serve(self, env: Mapping[str, str]) -> bool:
         """Whether workers with `env` may come from this process, as far as its start decides that."""
-        return _relevant(env, _READ_AT_START) == self._start_env
+        return _relevant(env, READ_AT_START) == self._start_env
 
     async def preload(self, order: child.Order, timeout: float) -> None:
         """Import the order's modules under its environment. Raises `_ZygoteLost`."""

@@ -10,7 +10,6 @@ from pathlib import PurePath
 
 from runtime.errors import ConfigError
 from runtime.job_toml import job_from_toml
-from runtime.launcher import slurm
 from runtime.launcher.options import LaunchOptions
 from runtime.launcher.plan import Facts
 from runtime.launcher.prepare import hosts_from_options
@@ -21,11 +20,12 @@ def submit(options: LaunchOptions, argv: Sequence[str], facts: Facts) -> str:
 
     Raises `ConfigError`: there is no `sbatch`, or it does not take the job.
     """
-    job = _submission(options, argv, facts)
+    sbatch = _sbatch(options, facts)
+    script = f"#!/bin/sh\nexec {shlex.join((sys.executable, '-m', 'runtime.launch', *argv))}\n"
     if options.dry_run:
-        return f"{shlex.join(job.argv)} <<'EOF'\n{job.script}EOF\n"
+        return f"{shlex.join(sbatch)} <<'EOF'\n{script}EOF\n"
     try:
-        done = subprocess.run(job.argv, input=job.script, capture_output=True, text=True)
+        done = subprocess.run(sbatch, input=script, capture_output=True, text=True)
     except OSError as error:
         raise ConfigError(
             f"--launcher slurm: this is no Slurm allocation, and no job can be submitted from here: "
@@ -40,7 +40,8 @@ def submit(options: LaunchOptions, argv: Sequence[str], facts: Facts) -> str:
     )
 
 
-def _submission(options: LaunchOptions, argv: Sequence[str], facts: Facts) -> slurm.Submission:
+def _sbatch(options: LaunchOptions, facts: Facts) -> list[str]:
+    """The command: what follows from the job, then what the user says."""
     named = options.hosts is not None or options.hostfile is not None
     hosts = [host.name for host in hosts_from_options(options, facts)] if named else []
     name, nodes, tasks = "runtime", options.nnodes, options.nproc_per_node
@@ -51,11 +52,13 @@ def _submission(options: LaunchOptions, argv: Sequence[str], facts: Facts) -> sl
     elif options.entry is not None:
         target = options.entry.target
         name = PurePath(target).stem if options.entry.form == "script" else target
-    wanted = slurm.Wanted(
-        nodes or (max(1, len(hosts)),) * 2,
-        tasks if isinstance(tasks, int) else None,
-        options.total,
-        tuple(hosts),
-    )
-    command = (sys.executable, "-m", "runtime.launch", *argv)
-    return slurm.submission(name, wanted, command, options.slurm_args)
+    low, high = nodes or (max(1, len(hosts)),) * 2
+    argv = ["sbatch", "--parsable", f"--job-name={name}"]
+    argv.append(f"--nodes={low}" if low == high else f"--nodes={low}-{high}")
+    if isinstance(tasks, int):
+        argv.append(f"--ntasks-per-node={tasks}")
+    if options.total is not None:
+        argv.append(f"--ntasks={options.total}")
+    if hosts:
+        argv.append(f"--nodelist={','.join(hosts)}")
+    return [*argv, *options.slurm_args]

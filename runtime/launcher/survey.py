@@ -11,9 +11,9 @@ import asyncio
 import os
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
+from runtime.errors import WireError
 from runtime.launcher.addresses import Candidate, Chosen, Trial, candidates, choose, partners
 from runtime.launcher.channel import Kind
 from runtime.launcher.link import AgentLink, HostsFailed
@@ -25,27 +25,23 @@ _RESOLVE_S = 1.0
 _SECRET_BYTES = 32
 
 
-@dataclass(frozen=True)
-class ProbeSettings:
-    """`iface`: names of interfaces, networks or addresses that hosts are to talk by; () is any.
-    `port_range` (lowest, highest): where they listen meanwhile."""
-
-    iface: tuple[str, ...] = ()
-    port_range: tuple[int, int] | None = None
-
-
-async def choose_addresses(links: Sequence[AgentLink], settings: ProbeSettings) -> Chosen:
+async def choose_addresses(
+    links: Sequence[AgentLink],
+    iface: Sequence[str] = (),
+    port_range: tuple[int, int] | None = None,
+) -> Chosen:
     """The address of each host that all others reach. Nothing else may use the links meanwhile.
 
-    Raises `HostsFailed`: hosts with no address of `--iface`, or none that the others reach.
+    `iface`: names of interfaces, networks or addresses that hosts are to talk by; () is any. `port_range`
+    (lowest, highest): where they listen meanwhile. Raises `HostsFailed`: hosts with no address of `--iface`, or none that the others reach.
     """
-    survey = _Survey(links, settings)
+    survey = _Survey(links, iface, port_range)
     chosen = await survey.run()
     return Chosen(
         {host: candidate.address for host, candidate in chosen.items()},
         {host: candidate.interface for host, candidate in chosen.items()},
         _sources(links),
-        wished=bool(settings.iface),
+        wished=bool(iface),
     )
 
 
@@ -60,9 +56,14 @@ def _sources(links: Iterable[AgentLink]) -> tuple[str, ...]:
 
 
 class _Survey:
-    def __init__(self, links: Sequence[AgentLink], settings: ProbeSettings) -> None:
+    def __init__(
+        self,
+        links: Sequence[AgentLink],
+        iface: Sequence[str],
+        port_range: tuple[int, int] | None,
+    ) -> None:
         self._links = {link.host.name: link for link in links}
-        self._settings = settings
+        self._iface, self._port_range = iface, port_range
         self._secrets = {host: os.urandom(_SECRET_BYTES) for host in self._links}
         self._known: dict[str, Sequence[Candidate]] = {}
         self._ports: dict[tuple[str, str], int] = {}
@@ -93,7 +94,7 @@ class _Survey:
         failures = []
         for host, link in self._links.items():
             assert link.hello is not None
-            found, iface = link.hello.addresses, self._settings.iface
+            found, iface = link.hello.addresses, self._iface
             self._known[host] = candidates(found, named[host], iface)
             if not self._known[host]:
                 has = ", ".join(f"{address} ({name})" for name, address in found) or "none at all"
@@ -108,7 +109,7 @@ class _Survey:
                     "op": "probe",
                     "secret": self._secrets[host],
                     "addresses": [candidate.address for candidate in mine],
-                    "ports": self._settings.port_range,
+                    "ports": self._port_range,
                 }
                 for host, mine in self._known.items()
             },
@@ -127,13 +128,14 @@ class _Survey:
     async def _try(self, patience: float) -> None:
         """Every host tries those of its partners' addresses that it has not reached yet."""
         hosts = list(self._links)
+        reached = {key for key, trial in self._trials.items() if trial.seconds is not None}
         messages = {}
         for by, others in zip(hosts, partners(len(hosts)), strict=True):
             targets = [
                 (host, each.address, self._ports[host, each.address], self._secrets[host])
                 for host in map(hosts.__getitem__, others)
                 for each in self._known[host]
-                if not self._reached(by, host, each.address)
+                if (by, host, each.address) not in reached
             ]
             if targets:
                 messages[by] = {"op": "try", "targets": targets, "patience": patience}
@@ -141,10 +143,6 @@ class _Survey:
         for by, reply in replies.items():
             for host, address, seconds, reason in reply["trials"]:
                 self._trials[by, host, address] = Trial(by, host, address, seconds, reason)
-
-    def _reached(self, by: str, host: str, address: str) -> bool:
-        trial = self._trials.get((by, host, address))
-        return trial is not None and trial.seconds is not None
 
     async def _ask(
         self, messages: Mapping[str, dict[str, Any]], event: str, patience: float
@@ -161,13 +159,16 @@ class _Survey:
 
 async def _reply(link: AgentLink, event: str, patience: float) -> Mapping[str, Any] | str:
     """What the agent answers; or why it does not."""
-    with suppress(TimeoutError):
+    try:
         async with asyncio.timeout(patience):
             while (frame := await link.channel.receive()) is not None:
-                if frame.kind is Kind.EVENT and (message := frame.message())["event"] == event:
+                if frame.kind is Kind.EVENT and (message := frame.message()).get("event") == event:
                     return message
-            return f"its agent ended: {link.last_words()}"
-    return f"its agent gave no answer within {patience:g} s"
+    except TimeoutError:
+        return f"its agent gave no answer within {patience:g} s"
+    except WireError as error:
+        return str(error)
+    return f"its agent ended: {link.last_words()}"
 
 
 async def _resolved(link: AgentLink) -> frozenset[str]:

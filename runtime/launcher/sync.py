@@ -85,8 +85,11 @@ def _by_tar(host: Host, folder: str, settings: DialSettings) -> _Done:
     listed = _there(host, code, settings)
     if listed.returncode:
         return listed
-    changed = changed_files(stamps(folder), json.loads(listed.stdout.splitlines()[-1]))
-    if not changed:
+    try:
+        there = json.loads(listed.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        raise OSError("what its login shell prints hides what is there") from None
+    if not (changed := changed_files(stamps(folder), there)):
         return listed
     with tempfile.TemporaryFile() as archive:
         with tarfile.open(fileobj=archive, mode="w") as tar:

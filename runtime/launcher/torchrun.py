@@ -13,7 +13,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from runtime.errors import ConfigError, MisuseError
-from runtime.launcher.hosts import expand_range
+from runtime.launcher.hosts import parse_hosts
 
 _LOWEST_PORT = 20_000
 _PORTS = 10_000
@@ -59,6 +59,8 @@ def find(env: Mapping[str, str]) -> Outer | None:
 
 
 def _torchrun(env: Mapping[str, str]) -> Outer:
+    if not env.get("MASTER_ADDR"):
+        raise ConfigError("MASTER_ADDR is not set in the environment, which torchrun does")
     rank = _number(env, "RANK")
     served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Outer(
@@ -71,7 +73,7 @@ def _torchrun(env: Mapping[str, str]) -> Outer:
         _number(env, "ROLE_RANK", rank),
         str(_number(env, "GROUP_RANK", 0)),
         _number(env, "TORCHELASTIC_RESTART_COUNT", 0),
-        Place(_text(env, "MASTER_ADDR"), (_number(env, "MASTER_PORT"),), served),
+        Place(env["MASTER_ADDR"], (_number(env, "MASTER_PORT"),), served),
     )
 
 
@@ -123,19 +125,9 @@ def _mpirun(env: Mapping[str, str]) -> Outer:
 
 def _first_node(nodes: str) -> str:
     """Where rank 0 is: "gpu[01-03,07],login" begins with gpu01."""
-    depth, end = 0, len(nodes)
-    for index, letter in enumerate(nodes):
-        depth += (letter == "[") - (letter == "]")
-        if letter == "," and not depth:
-            end = index
-            break
-    try:
-        first = expand_range(nodes[:end])[0]
-    except ValueError as error:
-        raise ConfigError(f"SLURM_STEP_NODELIST={nodes!r} in the environment: {error}") from None
-    if not first:
+    if not nodes:
         raise ConfigError("SLURM_STEP_NODELIST is not set: set MASTER_ADDR to the host of rank 0")
-    return first
+    return parse_hosts(nodes, "SLURM_STEP_NODELIST")[0].name
 
 
 def _ports(env: Mapping[str, str], job: str) -> tuple[int, ...]:
@@ -144,12 +136,6 @@ def _ports(env: Mapping[str, str], job: str) -> tuple[int, ...]:
         return (_number(env, "MASTER_PORT"),)
     start = crc32(job.encode())
     return tuple(_LOWEST_PORT + (start + n) % _PORTS for n in range(_NEIGHBOURS))
-
-
-def _text(env: Mapping[str, str], name: str) -> str:
-    if not env.get(name):
-        raise ConfigError(f"{name} is not set in the environment, which torchrun does")
-    return env[name]
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:

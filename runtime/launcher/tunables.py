@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 NAME = "GLIBC_TUNABLES"
+READ_AT_START = ("PYTHON", "LD_", "MALLOC_", NAME)
+"""Prefixes of variables that the interpreter and the loader read: a running process cannot take them on."""
 _OURS = "glibc.malloc.hugetlb"
 
 

@@ -44,6 +44,12 @@ class _Doorkeeper(selectors.DefaultSelector):
             self.door.acquire()
             self.waits = False
 
+    def close(self) -> None:
+        """Nobody comes in any more, and who is `outside` gets on."""
+        super().close()
+        self.waits = True
+        self.door.release()
+
     def visit(self, work: Callable[..., bool], *args: Any) -> bool:
         """See `Mailbox.visit`."""
         if self.waits or self.door.locked():
@@ -103,12 +109,14 @@ class Mailbox:
         """Run `work(*args)` on the loop, after everything posted before it. Raises `Closed` when the
         loop is closed."""
         self._queue.append((work, args))
-        if not self._woken:
-            self._woken = True
-            try:
+        try:
+            if not self._woken:
+                self._woken = True
                 self.loop.call_soon_threadsafe(self._deliver)
-            except RuntimeError as error:
-                raise Closed("the peer loop of this process has been closed") from error
+            elif self.loop.is_closed():  # before it looked
+                raise RuntimeError
+        except RuntimeError as error:
+            raise Closed("the peer loop of this process has been closed") from error
 
     def visit(self, work: Callable[..., bool], *args: Any) -> bool:
         """On another thread: `work(*args)` here and now, if the loop sleeps and nothing was posted; else False.

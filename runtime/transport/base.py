@@ -71,8 +71,8 @@ class VisitedLink(Link, Protocol):
         """After that."""
         ...
 
-    def end(self, reason: str) -> None:
-        """The link is lost. On the loop."""
+    def interrupted(self) -> None:
+        """A visitor got no further than to somewhere: the link is lost. On the loop."""
         ...
 
 

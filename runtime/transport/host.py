@@ -87,7 +87,7 @@ class HostTransport:
     def lost_local(self, link: Link, reason: str) -> None:
         """Take the other way, at once if nothing has gone this one."""
         assert isinstance(link, LocalLink)
-        if link.outbound:
+        if link.outbound and not link.sound:
             self._by_zmq.add(link.peer)
             if link.divertible and link.endpoint is not None and not self._closed:
                 _log.debug("%s reaches %s by ZeroMQ: %s", self.peer, link.peer, reason)

@@ -100,12 +100,12 @@ class LocalLink(Timed):
         self.endpoint = endpoint
         self.up = False
         """Both sides know each other: records may flow."""
-        self.ended = False
-        self.closing = False
-        self.dirty = False
+        self.ended = self.closing = self.dirty = False
         self.pipe: Pipe | None = None
         self.divertible = self.outbound
         """What waits here may go another way."""
+        self.sound = False
+        """It has ended by our own doing."""
         self._hub = hub
         self._early = settings.batch_bytes
         self.limits = settings.limits
@@ -151,6 +151,11 @@ class LocalLink(Timed):
     def leave(self) -> None:
         """See `base.VisitedLink`."""
         self._hub.visited = False
+
+    def interrupted(self) -> None:
+        """See `base.VisitedLink`."""
+        self.sound = True
+        self.end("a visitor was interrupted")
 
     def send_descriptors(self, record: Record, descriptors: Sequence[int]) -> None:
         """Send a record, and file descriptors with it, which the other end has from `take_descriptors`. They are
@@ -246,7 +251,7 @@ class LocalLink(Timed):
     def readable(self) -> bool:
         """Receive once, and hand on what is complete. False when nothing came."""
         hub, decoder, pipe = self._hub, self._decoder, self.pipe
-        assert pipe is not None, "only called while there is one"
+        assert pipe is not None
         hub.corked = True
         try:
             count = pipe.receive(decoder.room())
@@ -355,8 +360,7 @@ class LocalLink(Timed):
             self._discard()
 
     def _detach(self) -> None:
-        self.ended, self._usual = True, False
-        self.up = False
+        self.ended, self._usual, self.up = True, False, False
         self.stop_timer()
         pipe, self.pipe = self.pipe, None
         if pipe is not None:

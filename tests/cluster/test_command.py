@@ -31,7 +31,8 @@ WELL = {"code": 0, "signal": 0, "cause": "exit 0"}
 class Hands:
     """What a supervisor does, without workers: it notes what it was told."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
         self.told: list[Mapping[str, Any]] = []
         self.left: list[float] = []
         self.ended: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -43,6 +44,9 @@ class Hands:
 
     async def leave(self, grace_s: float) -> None:
         self.left.append(grace_s)
+
+    def progress(self) -> Mapping[str, Any]:
+        return {f"w-{self.rank}": {"step": 10 + self.rank}}
 
     def ops(self) -> list[str]:
         return [message["op"] for message in self.told]
@@ -72,7 +76,7 @@ class Several:
     def __init__(self, hosts: int, policy: str = "gang") -> None:
         self.network = MemoryNetwork(seed=1)
         self.assignments = [_assignment(rank, hosts, policy) for rank in range(hosts)]
-        self.hands = [Hands() for _ in range(hosts)]
+        self.hands = [Hands(rank) for rank in range(hosts)]
         self.peers = [f"@agent-{rank}.x" for rank in range(hosts)]
         self.followers: dict[int, Follower] = {}
         self.conductor: Conductor
@@ -125,6 +129,16 @@ class Several:
 
     def part(self, rank: int) -> None:
         self.network.part([self.peers[rank]], [self.peers[0]])
+
+
+async def test_heartbeats_tell_how_far_the_workers_of_all_hosts_are() -> None:
+    job = Several(3)
+    async with job.running(1, 2):
+        await asyncio.sleep(1.0)
+        members = await job.service.ask("membership", {"op": "members"})
+        assert [(member["name"], member["step"]) for member in members] == [
+            ("w-0", 10), ("w-1", 11), ("w-2", 12),
+        ]  # fmt: skip
 
 
 async def test_a_job_begins_when_all_hosts_are_there_and_ends_on_all() -> None:

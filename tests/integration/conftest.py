@@ -1,4 +1,5 @@
-"""Fixtures of the tests that start real jobs. All of them carry the `integration` marker."""
+"""Fixtures of the tests that start real jobs. All of them carry the `integration` marker,
+those that use the testbed `hosts`, too."""
 
 from __future__ import annotations
 
@@ -21,6 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _HERE in item.path.parents:
             item.add_marker(pytest.mark.integration)
+        if "testbed" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.hosts)
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
-from bench import common, group, overload, queue, rpc, tensor
+from bench import common, group, launch_hosts, overload, queue, rpc, tensor
+from tests.integration.support.hosts import Hosts
 
 Turn = Callable[[], Mapping[str, float]]
 
@@ -76,6 +78,13 @@ def test_the_sides_that_we_are_compared_with_work(
 )
 def test_our_own_sides_work(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
     works(turn, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_launch_on_hosts_and_what_it_is_compared_with_work(hosts: Hosts, tmp_path: Path) -> None:
+    for argv in (launch_hosts.ours, launch_hosts.plain_ssh):
+        found = launch_hosts.measure(hosts, argv(tmp_path), tmp_path)
+        assert 0 < found["first line, s"] <= found["first line of all, s"] <= found["exit, s"]
 
 
 def works(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from tests.integration.support.job import ROOT, Job
 
 STEPS = """
 import os, sys, time
+from runtime import current_worker
+current_worker().report(step=7)
 print("begins", os.environ["RANK"], flush=True)
 print("warns", file=sys.stderr, flush=True)
 while not os.path.exists("enough"):
@@ -96,6 +98,8 @@ def test_a_detached_job_is_seen_read_to_its_end_and_remembered(
     assert all(process.session != os.getsid(0) for process in job.processes())
     alive = {process.pid for process in job.processes()}
     assert {w["pid"] for w in workers} | {status["hosts"][0]["pid"]} <= alive
+    while [worker["step"] for worker in here.json("status")["roles"]["default"]] != [7, 7]:
+        time.sleep(0.1)  # a heartbeat brings it
     follower = here.start("logs", "-f")
     time.sleep(0.7)
     end(job)

@@ -232,8 +232,8 @@ def test_a_host_that_cannot_begin_says_why(hosts: Hosts, start: Start) -> None:
     job = start(running=False)
     try:
         assert job.wait() == 2, job.describe()
+        job.assert_nothing_left()
     finally:
         hosts.exec("host2", "umount", "/tmp/runtime-0")
     assert "host2: cannot make the job's folder /tmp/runtime-0/" in job.box
     assert "No space left on device" in job.box
-    job.assert_nothing_left()

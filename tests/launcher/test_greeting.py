@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from runtime.errors import WireError
 from runtime.launcher.channel import Frame, Kind
 from runtime.launcher.greeting import Hello, check, describe, read_hello
 
-OWN = Hello("here", "3.11.7", "2.9.0", "0.1.0", 2, 1, 8, 0)
+OWN = Hello("here", "3.11.7", "2.9.0", "0.1.0", 2, 8, 0)
 
 
 def problems(own: Hello = OWN, **there: object) -> str:
@@ -28,7 +27,7 @@ def problems(own: Hello = OWN, **there: object) -> str:
     ("there", "reason"),
     [
         ({}, ""),
-        ({"python": "3.11.2", "pid": 7, "hostname": "h1", "gpu_count": 8}, ""),
+        ({"python": "3.11.2", "hostname": "h1", "gpu_count": 8}, ""),
         ({"python": "3.12.1"}, "python 3.12 there, but 3.11 here"),
         ({"torch": "2.8.0"}, "torch 2.8.0 there, but 2.9.0 here"),
         ({"torch": None}, "torch none there, but 2.9.0 here"),
@@ -47,14 +46,17 @@ def test_without_torch_here_the_hosts_must_agree_among_themselves() -> None:
     assert check({"h1": own, "h2": own}, own) == []
 
 
+def test_a_machine_by_two_names_is_told_of_the_second() -> None:
+    there = OWN._replace(addresses=(("eth0", "10.0.0.7"),))
+    other = OWN._replace(addresses=(("eth0", "10.0.0.8"),))
+    (failure,) = check({"h1": there, "h2": other, "10.0.0.7": there}, OWN)
+    assert failure == ("10.0.0.7", "it is the same machine as h1: name it once", False)
+
+
 def test_this_machine_describes_itself_without_importing_torch() -> None:
     had = "torch" in sys.modules
     hello = describe({})
-    assert (hello.python, hello.runtime, hello.pid) == (
-        sys.version.split()[0],
-        __version__,
-        os.getpid(),
-    )
+    assert (hello.python, hello.runtime) == (sys.version.split()[0], __version__)
     assert hello.cpu_count >= 1
     assert not hello.problems
     assert all(not address.startswith(("127.", "::1")) for _, address in hello.addresses)

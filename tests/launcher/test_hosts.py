@@ -159,7 +159,6 @@ def test_exclude_drops_hosts_and_slots() -> None:
         ("g[2-1]", None, "--include g[2-1]: 'g[2-1]' is not HOST or HOST:SLOT,SLOT (as h1@h2:0,2)"),
         (None, "g01:0", "--exclude g01:0: how many slots g01 has is not known; say slots="),
         (None, "h1@h2@g01@[fe80::1]", "--exclude h1@h2@g01@[fe80::1]: no host is left"),
-        ("h1", "h2", "--include and --exclude: one of them, not both"),
     ],
 )  # fmt: skip
 def test_a_wrong_selection_is_refused(
@@ -188,6 +187,14 @@ def test_a_wrong_selection_is_refused(
 )
 def test_this_machine_is_known_by_its_names_and_addresses(name: str, local: bool) -> None:
     assert is_local(name, ["node1.cluster.local", "10.0.0.7"]) is local
+
+
+@pytest.mark.parametrize(
+    "line", ["-oProxyCommand=x", "h1 addr=-oProxyCommand=x", "h1 addr=h2:/etc"]
+)
+def test_nothing_that_ssh_or_rsync_would_take_for_an_option_or_a_path_is_a_host(line: str) -> None:
+    with pytest.raises(ConfigError, match=r"hosts\.txt:1: "):
+        parse_hostfile(line, "hosts.txt")
 
 
 def test_a_host_is_local_by_its_address_too_but_only_one_can_be() -> None:

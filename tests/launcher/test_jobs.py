@@ -94,6 +94,13 @@ def test_a_link_is_not_followed(home: Path, tmp_path: Path) -> None:
             jobs.read(name)
 
 
+def test_a_file_that_was_put_into_the_folder_of_another_job_is_not_taken(home: Path) -> None:
+    jobs.register(endpoint())
+    (home / "j1").rename(home / "j2")
+    with pytest.raises(ConfigError, match="it is of job 'j1'"):
+        jobs.read("j2")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"security": 3}', "{'a'"])
 def test_a_file_that_is_no_endpoint_says_so(home: Path, text: str) -> None:
     jobs.register(endpoint())

@@ -165,11 +165,11 @@ def dialled(line: str, **facts: Any) -> DialSettings:
 
 
 def test_what_the_job_needs_on_other_hosts_is_asked_for_there() -> None:
-    settings = dialled("--hosts h1 --ssh-port 23 --ssh-tree 5:2 --connect-timeout 7 sub/t.py")
+    settings = dialled("--hosts h1 --ssh-port 23 --connect-timeout 7 sub/t.py")
     assert (settings.python, settings.workdir, settings.paths) == (
         "/usr/bin/python3", "/work", ("sub/t.py",),
     )  # fmt: skip
-    assert (settings.ssh_port, settings.tree_from, settings.fan_out) == (23, 5, 2)
+    assert settings.ssh_port == 23
     assert (settings.timeout_s, settings.alive_interval_s * settings.alive_count) == (7, 30)
     settings = dialled("--hosts h1 --python /py --workdir /data -m pkg.mod")
     assert (settings.python, settings.paths) == ("/py", ("/data",))

@@ -1,4 +1,4 @@
-"""Slurm's variables as hosts, the command that carries an agent, the batch job of a submission."""
+"""Slurm's variables as hosts, and the command that carries an agent."""
 
 from __future__ import annotations
 
@@ -153,21 +153,3 @@ def test_an_agent_is_a_step_of_one_task_with_all_of_its_node() -> None:
     assert {"--nodes=1", "--ntasks=1", "--overlap", "--mpi=none", "--export=ALL"} <= set(command)
     # A wish for the job's own tasks would leave the agent one GPU of eight.
     assert argv[:3] == ["env", "-u", "SLURM_GPUS_PER_TASK"]
-
-
-# Submission
-
-
-def test_a_submission_says_what_the_job_needs_and_runs_the_same_command() -> None:
-    job = slurm.submission(
-        "train", slurm.Wanted((2, 4), tasks_per_node=8), ["python", "-m", "x", "a b"], ["-p", "gpu"]
-    )
-    assert job.argv == (
-        "sbatch", "--parsable", "--job-name=train", "--nodes=2-4", "--ntasks-per-node=8", "-p", "gpu",
-    )  # fmt: skip
-    assert job.script == "#!/bin/sh\nexec python -m x 'a b'\n"
-
-
-def test_hosts_that_are_named_are_asked_for() -> None:
-    job = slurm.submission("t", slurm.Wanted((2, 2), tasks=3, nodelist=("a", "b")), ["x"], ())
-    assert job.argv[3:] == ("--nodes=2", "--ntasks=3", "--nodelist=a,b")

@@ -62,6 +62,8 @@ def test_a_name_that_looks_like_an_option_is_none() -> None:
 def test_the_command_starts_with_exec_so_that_no_shell_stays() -> None:
     words = shlex.split(remote_command("/opt/my python", "pass", "f00"))
     assert words[:6] == ["exec", "sh", "-c", 'exec "$0" "$@"', "/opt/my python", "-c"]
+    words = shlex.split(remote_command("python", "pass", "f00", [("PYTHONPATH", "/my libs")]))
+    assert words[:5] == ["exec", "env", "PYTHONPATH=/my libs", "sh", "-c"]
 
 
 @pytest.mark.parametrize(

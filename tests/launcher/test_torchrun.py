@@ -122,5 +122,5 @@ def test_a_broken_environment_is_named(change: dict[str, str], said: str) -> Non
 def test_a_step_without_a_list_of_nodes_asks_for_a_master() -> None:
     with pytest.raises(ConfigError, match="set MASTER_ADDR"):
         find({**SRUN, "SLURM_STEP_NODELIST": ""})
-    with pytest.raises(ConfigError, match="SLURM_STEP_NODELIST='n\\[x\\]'"):
+    with pytest.raises(ConfigError, match="SLURM_STEP_NODELIST 'n\\[x\\]'"):
         find({**SRUN, "SLURM_STEP_NODELIST": "n[x]"})

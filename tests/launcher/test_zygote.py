@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from runtime.launcher import child, starter, zygote
+from runtime.launcher import child, starter, tunables, zygote
 
 
 def order(**env: str) -> child.Order:
@@ -23,7 +23,7 @@ def test_a_zygote_sees_what_its_workers_have_in_common_but_not_who_they_are() ->
 
 def test_variables_that_every_worker_follows_itself_do_not_part_zygotes() -> None:
     env = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": "x", "OMP_NUM_THREADS": "2", "HOME": "/"}
-    assert starter._relevant(env, starter._READ_AT_START) == (("PYTHONPATH", "x"),)
+    assert starter._relevant(env, tunables.READ_AT_START) == (("PYTHONPATH", "x"),)
     found = dict(starter._relevant(env, starter._READ_AT_IMPORT))
     assert found == {"PYTHONPATH": "x", "OMP_NUM_THREADS": "2"}
 

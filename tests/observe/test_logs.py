@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,16 +17,6 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    ours = logging.getLogger("runtime")
-    before = (list(ours.handlers), ours.level, ours.propagate)
-    yield
-    ours.handlers[:], ours.level, ours.propagate = before
-    for name in ("runtime.control", "runtime.control.client", "runtime.wire"):
-        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 def configured(text: str) -> io.StringIO:

@@ -83,7 +83,17 @@ def test_the_mailbox_of_a_closed_loop_is_closed() -> None:
     mailbox = Mailbox(loop)
     assert mailbox.on_loop_thread()
     loop.close()
-    with pytest.raises(Closed, match="peer loop"):
+    for _ in range(2):
+        with pytest.raises(Closed, match="peer loop"):
+            mailbox.post(print)
+
+
+def test_a_mailbox_is_closed_too_where_its_loop_ended_before_it_looked() -> None:
+    loop = asyncio.new_event_loop()
+    mailbox = Mailbox(loop)
+    mailbox.post(print)
+    loop.close()
+    with pytest.raises(Closed):
         mailbox.post(print)
 
 
@@ -179,6 +189,30 @@ def test_a_wait_within_a_visit_lets_the_loop_go_on(visited: Mailbox) -> None:
 
     _come_in(visited, work)
     _come_in(visited, lambda: True)  # and the next one finds all as it was
+
+
+def test_who_waits_within_a_visit_gets_on_when_the_loop_ends_meanwhile() -> None:
+    loop = VisitedLoop()
+    ready: concurrent.futures.Future[Mailbox] = concurrent.futures.Future()
+
+    def run() -> None:
+        loop.call_soon(lambda: ready.set_result(Mailbox(loop)))
+        loop.run_forever()
+        loop.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    mailbox = ready.result()
+
+    def work() -> bool:
+        loop.call_soon_threadsafe(loop.stop)
+        mailbox.outside(thread.join, 5.0)
+        return not thread.is_alive()
+
+    _come_in(mailbox, work)
+    assert not mailbox.visit(lambda: True)
+    with pytest.raises(Closed):
+        mailbox.post(print)
 
 
 async def test_other_loops_have_no_visitors() -> None:

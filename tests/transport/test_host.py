@@ -187,6 +187,23 @@ async def test_a_peer_whose_local_link_was_cut_is_reached_by_zeromq_from_then_on
     assert isinstance(b.connect("a.1", a.address), LocalLink)  # the other direction was not lost
 
 
+async def test_a_link_that_ended_by_our_own_doing_is_made_anew_on_the_local_lane(
+    peers: Peers,
+) -> None:
+    a, at_a = await peers.start("a.1")
+    b, at_b = await peers.start("b.1")
+    link = a.connect("b.1", b.address)
+    link.send(Record(b"before"))
+    await at_b.until_count(1)
+    assert isinstance(link, LocalLink)
+    link.interrupted()
+    assert [lost for lost, _ in at_a.lost] == [link]
+    again = a.connect("b.1", b.address)
+    again.send(Record(b"after"))
+    await at_b.until_count(2)
+    assert isinstance(again, LocalLink)
+
+
 async def test_closing_a_link_that_took_the_other_way_flushes_it(
     peers: Peers, directory: Path
 ) -> None:

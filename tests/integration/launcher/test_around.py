@@ -29,7 +29,7 @@ def test_the_address_that_packets_leave_from_is_local() -> None:
 
 def test_interfaces_have_the_addresses_that_others_may_reach() -> None:
     found = interfaces()
-    addresses = {address.partition("%")[0] for _, address in found}
+    addresses = {address for _, address in found}
     assert addresses <= set(own_names())
     assert not {address for address in addresses if address.startswith("127.") or address == "::1"}
     names = {name for _, name in socket.if_nameindex()}

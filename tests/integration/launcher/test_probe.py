@@ -16,7 +16,7 @@ from runtime.launcher.channel import Channel, Frame, Kind
 from runtime.launcher.greeting import Hello
 from runtime.launcher.link import AgentLink, HostsFailed
 from runtime.launcher.plan import Host
-from runtime.launcher.survey import ProbeSettings, choose_addresses
+from runtime.launcher.survey import choose_addresses
 
 NOBODYS = "127.9.9.9"
 
@@ -40,12 +40,18 @@ async def dying(channel: Channel) -> None:
     channel.send_message(Kind.EVENT, {"event": "log", "text": "not what was asked"})
 
 
+async def raving(channel: Channel) -> None:
+    """An agent whose answer is none."""
+    await channel.receive()
+    channel.send(Kind.EVENT, b"\xc1")
+
+
 @asynccontextmanager
 async def linked(host: Host, addresses: Sequence[str], body=agent) -> AsyncIterator[AgentLink]:
     (down, to), (by, up) = os.pipe(), os.pipe()
     link = AgentLink(host, await Channel.open(by, to))
     found = tuple((f"eth{number}", address) for number, address in enumerate(addresses))
-    link.hello = Hello(host.name, "3.11", None, "0", 1, 1, 1, 0, found, (), "10.9.9.9")
+    link.hello = Hello(host.name, "3.11", None, "0", 1, 1, 0, found, (), "10.9.9.9")
     channel = await Channel.open(down, up)
 
     async def run() -> None:
@@ -62,13 +68,15 @@ async def linked(host: Host, addresses: Sequence[str], body=agent) -> AsyncItera
             await asyncio.wait({task})
 
 
-async def chosen(settings: ProbeSettings = ProbeSettings(), **hosts: str) -> survey.Chosen:  # noqa: B008
+async def chosen(
+    iface: tuple[str, ...] = (), ports: tuple[int, int] | None = None, **hosts: str
+) -> survey.Chosen:
     async with AsyncExitStack() as stack:
         links = [
             await stack.enter_async_context(linked(Host(name, local=False), text.split()))
             for name, text in hosts.items()
         ]
-        return await choose_addresses(links, settings)
+        return await choose_addresses(links, iface, ports)
 
 
 async def test_each_host_gets_the_address_that_the_others_reach() -> None:
@@ -90,7 +98,7 @@ async def test_an_address_that_is_in_no_host_is_not_chosen() -> None:
 
 async def test_iface_without_a_fitting_address_names_the_host_and_what_it_has() -> None:
     with pytest.raises(HostsFailed) as caught:
-        await chosen(ProbeSettings(iface=("ib0", "127.0.2.0/24")), h1="127.0.2.1", h2="127.0.1.2")
+        await chosen(("ib0", "127.0.2.0/24"), h1="127.0.2.1", h2="127.0.1.2")
     assert str(caught.value) == (
         "host h2: no address of --iface ib0,127.0.2.0/24; it has 127.0.1.2 (eth0)"
     )
@@ -106,9 +114,10 @@ async def test_ports_are_taken_from_the_range_and_one_that_is_full_says_so() -> 
     with socket.create_server(("127.0.1.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(HostsFailed, match=f"no free port in {port}:{port}"):
-            await chosen(ProbeSettings(port_range=(port, port)), h1="127.0.1.1", h2="127.0.1.2")
-    settings = ProbeSettings(port_range=(port, port))
-    assert (await chosen(settings, h1="127.0.1.1", h2="127.0.1.2")).address["h1"] == "127.0.1.1"
+            await chosen(ports=(port, port), h1="127.0.1.1", h2="127.0.1.2")
+    assert (await chosen(ports=(port, port), h1="127.0.1.1", h2="127.0.1.2")).address[
+        "h1"
+    ] == "127.0.1.1"
 
 
 async def test_the_name_of_a_host_decides_between_its_addresses() -> None:
@@ -120,12 +129,13 @@ async def test_the_name_of_a_host_decides_between_its_addresses() -> None:
                 linked(Host("127.0.3.2", local=False), ["127.0.1.2", "127.0.3.2"])
             ),
         ]
-        found = await choose_addresses(links, ProbeSettings())
+        found = await choose_addresses(links)
     assert found.address == {"h1": "127.0.3.1", "127.0.3.2": "127.0.3.2"}
 
 
 @pytest.mark.parametrize(
-    ("body", "reason"), [(mute, "no answer within 0.2 s"), (dying, "its agent ended")]
+    ("body", "reason"),
+    [(mute, "no answer within 0.2 s"), (dying, "its agent ended"), (raving, "is not msgpack")],
 )
 async def test_an_agent_that_hangs_or_dies_is_named(
     body, reason: str, monkeypatch: pytest.MonkeyPatch
@@ -136,13 +146,13 @@ async def test_an_agent_that_hangs_or_dies_is_named(
         linked(Host("h2", local=False), ["127.0.1.2"], body) as ill,
     ):
         with pytest.raises(HostsFailed, match=f"host h2: .*{reason}") as caught:
-            await choose_addresses([well, ill], ProbeSettings())
+            await choose_addresses([well, ill])
         assert caught.value.code == 69
 
 
 async def test_a_single_host_is_not_tried() -> None:
     async with linked(Host("h1", local=False), ["127.0.1.1"], mute) as link:
-        assert (await choose_addresses([link], ProbeSettings())).address == {"h1": "127.0.1.1"}
+        assert (await choose_addresses([link])).address == {"h1": "127.0.1.1"}
 
 
 # What strangers get, and who is taken for a host

@@ -11,7 +11,7 @@ from runtime.launcher.dial import dial_all
 from runtime.launcher.link import HostsFailed
 from runtime.launcher.plan import Host
 from runtime.launcher.ssh import DialSettings
-from runtime.launcher.survey import ProbeSettings, choose_addresses
+from runtime.launcher.survey import choose_addresses
 
 
 async def main(names: list[str], iface: tuple[str, ...]) -> None:
@@ -19,7 +19,7 @@ async def main(names: list[str], iface: tuple[str, ...]) -> None:
     links = await dial_all([Host(name, local=False) for name in names], settings)
     began = time.monotonic()
     try:
-        chosen = await choose_addresses(links, ProbeSettings(iface))
+        chosen = await choose_addresses(links, iface)
         said = {"address": dict(chosen.address), "accept_from": chosen.accept_from}
     except HostsFailed as failed:
         said = {"failed": {failure.host: failure.reason for failure in failed.failures}}

@@ -28,7 +28,7 @@ _COUNT = 5
 _ITS_OWN = ("/bin/sh -e ", "sshd: /usr/sbin/sshd", "sleep 86400")
 
 
-def _testbed() -> Path | None:
+def find_testbed() -> Path | None:
     """The testbed's command, which lies beside the project."""
     for above in (ROOT, ROOT.parent):
         if (command := above / "shared" / "testbed" / "testbed").exists():
@@ -201,7 +201,7 @@ class Hosts:
 @pytest.fixture(scope="session")
 def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """The testbed of this test run, without anything put right between tests."""
-    command = _testbed()
+    command = find_testbed()
     need(os.geteuid() == 0, "to run as root")
     need(command is not None, "the testbed (shared/testbed beside the project)")
     assert command is not None

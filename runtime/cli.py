@@ -152,7 +152,8 @@ def _logs(arguments: argparse.Namespace) -> int:
             pieces, positions, more = logfiles.read(job.log_dir, query, positions)
             for piece in pieces:
                 printer.show("", piece)
-    printer.end()
+    if not printer.end():
+        _tell(f"job {job.job_id} has printed nothing of that kind")
     return 0
 
 

@@ -43,6 +43,7 @@ from runtime.launcher.watch import Watch
 from runtime.meeting import Meeting
 from runtime.transport.address import parse
 from runtime.transport.security import Security
+from runtime.transport.sockets import mint
 from runtime.worker import Guest, Worker, current_worker
 
 _TIMEOUT_S = 300.0
@@ -171,12 +172,7 @@ def _own_rpc_names() -> frozenset[str]:
 
 
 def _join(outer: Outer, settings: _Settings, meeting: Meeting) -> WorkerSpec:
-    leads = outer.local_rank == 0
-    keys: Security | None = None
-    if leads:
-        from runtime.transport.sockets import mint
-
-        keys = mint()
+    keys = mint() if outer.local_rank == 0 else None
     ranks = meeting.gather(_about_us(outer, keys))
     nodes = _by_node(ranks)
     mine = next(index for index, node in enumerate(nodes) if outer.rank in node)
@@ -185,10 +181,9 @@ def _join(outer: Outer, settings: _Settings, meeting: Meeting) -> WorkerSpec:
         if len(nodes) > 1:
             assignment = _secured(assignment, keys, ranks, nodes)
         _lead(assignment, meeting)
-    hosts = [ranks[node[0]]["host"] for node in nodes]
     folders = [
-        meeting.get(f"host/{index}", f"the agent of {host} was not there")
-        for index, host in enumerate(hosts)
+        meeting.get(f"host/{index}", f"the agent of {ranks[node[0]]['host']} was not there")
+        for index, node in enumerate(nodes)
     ]
     return _read_spec(spec_file(folders[mine], outer.local_rank))
 

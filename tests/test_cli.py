@@ -84,6 +84,15 @@ def test_the_logs_of_an_ended_job_are_read(
     assert [(line["rank"], line["line"]) for line in lines] == [(1, "one 1"), (1, "two 1")]
 
 
+def test_a_role_that_printed_nothing_is_not_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended(tmp_path, Outcome("finished"))
+    assert main(["logs", "--role", "trainer"]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "runtime: job j1 has printed nothing of that kind\n")
+
+
 def test_logs_that_are_not_here_are_said_to_be_elsewhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,6 @@ import fcntl
 import logging
 import os
 import pickle
-import secrets
 import signal
 import struct
 from collections.abc import Awaitable, Callable, Mapping
@@ -25,12 +24,11 @@ from typing import Any, NamedTuple
 
 from runtime import aio
 from runtime.cluster.command import Follower
-from runtime.cluster.starting import Control
+from runtime.cluster.starting import Control, announcement, basic_spec, declaration
 from runtime.control.client import ControlClient
 from runtime.control.plane import Plane, standard_machines
 from runtime.control.service import ControlService
 from runtime.errors import RuntimeFault
-from runtime.job import ActorInfo
 from runtime.launcher import spawn
 from runtime.launcher.assignment import Assignment, spec_file
 from runtime.launcher.plan import WorkerSpec, planned_actors
@@ -86,10 +84,7 @@ async def _conduct(assignment: Assignment, endpoint: Endpoint, notify: Notify) -
         heartbeat_interval=beat.heartbeat_interval_ms / 1000,
     )
     async with service:
-        actors = [
-            {"name": i.name, "role": i.role, "rank": i.rank, "host": i.host} for i in everyone
-        ]
-        await service.ask("membership", {"op": "declare", "actors": actors})
+        await service.ask("membership", declaration(everyone))
         address = endpoint.address._replace(host=assignment.host)
         notify({"event": "listening", "peer": address.peer, "address": address.address})
         control = Control(endpoint.peer, address, service.ask)
@@ -149,10 +144,10 @@ class Adopted(aio.Service):
     async def begin(self) -> None:
         """Watch the ranks, announce them, and write down for each what it is to know."""
         for place, (info, pid) in enumerate(zip(self._mine, self._pids, strict=True)):
-            spec = self._spec(info, place)
-            who = {"name": info.name, "incarnation": spec.incarnation, "peer": spec.peer}
-            where = {"host": self._assignment.host, "agent": self._control.me, "pid": pid}
-            await self._control.ask("membership", {"op": "starting", **who, **where})
+            info = replace(info, restart_count=self._attempt)
+            spec = basic_spec(self._assignment, self._control, info, self._everyone, place)
+            spec = replace(spec, arena=self._arena.spec(place) if self._arena else None)
+            await self._control.ask("membership", announcement(spec, self._control.me, pid))
             self._watch(_Rank(spec, pid, _open(pid), place))
             _write(spec_file(self._assignment.job_dir, info.local_rank), spec)
 
@@ -166,36 +161,6 @@ class Adopted(aio.Service):
     async def leave(self, grace_s: float) -> None:
         """The control plane is lost: the ranks go on without it, and so does this agent, for the arena."""
         await asyncio.wait({self.ended})
-
-    # -- what ranks are told ------------------------------------------------------------------
-
-    def _spec(self, info: ActorInfo, place: int) -> WorkerSpec:
-        assignment, control = self._assignment, self._control
-        job, token = assignment.plan.job, secrets.token_hex(4)
-        return WorkerSpec(
-            job_id=assignment.plan.job_id,
-            job=job,
-            info=replace(info, restart_count=self._attempt),
-            entry=job.roles[info.role].entry,
-            env={},
-            actors=self._everyone,
-            peer=f"{info.name}.{token}",
-            address=f"ipc://{assignment.job_dir}/{place}.{token}",
-            agent_peer=control.address.peer,
-            agent_address=control.address.address,
-            agent_pid=os.getpid(),
-            agent_host=control.address.host,
-            incarnation=self._attempt,
-            workdir="",
-            error_file="",
-            transport=assignment.transport,
-            arena=self._arena.spec(place) if self._arena else None,
-            shutdown_timeout_s=assignment.shutdown_timeout_s,
-            host_address=assignment.address,
-            security=assignment.security,
-            accept_from=assignment.accept_from,
-            port_range=assignment.port_range,
-        )
 
     # -- their ends ---------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from runtime.aio import Service
 from runtime.cluster.exits import wall_clock
-from runtime.cluster.starting import node_name
+from runtime.cluster.starting import declaration, node_name
 from runtime.control.client import ControlClient
 from runtime.control.service import ControlService
 from runtime.errors import Closed, MisuseError, PeerLostError, RuntimeFault
@@ -156,11 +156,7 @@ class Conductor:
         """Declare the job's actors and start them all."""
         assignment, ask = self._assignment, self._service.ask
         everyone = planned_actors(assignment.plan)
-        actors = [
-            {"name": info.name, "role": info.role, "rank": info.rank, "host": info.host}
-            for info in everyone
-        ]
-        await ask("membership", {"op": "declare", "actors": actors})
+        await ask("membership", declaration(everyone))
         for role in assignment.plan.job.roles.values():
             if role.kind == "elastic":
                 nodes = list(dict.fromkeys(node_name(i) for i in everyone if i.role == role.name))
@@ -289,5 +285,6 @@ class Follower(Service):
 
     async def _end_cut_off(self) -> None:
         await self._cut_off.wait()
-        logger.error("%s", self._why)
+        if not self._supervisor.ended.done():  # else the plane has ended as it was to
+            logger.error("%s", self._why)
         await self._leave(self._why, 0.0, lost=self._why)

@@ -116,7 +116,7 @@ class Starting:
     async def announce(self, prepared: Sequence[Prepared]) -> None:
         """Tell the membership that these incarnations are coming."""
         for item in prepared:
-            await self._control.ask("membership", self._starting(item.spec))
+            await self._control.ask("membership", announcement(item.spec, self._control.me))
 
     async def processes(self, role: RoleSpec, prepared: Sequence[Prepared]) -> list[int]:
         """Start them; their pids. May be cancelled: what runs by then is killed. Raises `OSError`."""
@@ -174,45 +174,64 @@ class Starting:
             rank if place else None,
             world_size if place else None,
         )
-        token = secrets.token_hex(4)
-        number = launch.env["RUNTIME_GLOBAL_RANK"]
-        return WorkerSpec(
-            job_id=assignment.plan.job_id,
-            job=assignment.plan.job,
-            info=info,
-            entry=role.entry,
+        number = int(launch.env["RUNTIME_GLOBAL_RANK"])
+        spec = basic_spec(assignment, self._control, info, self._everyone, number)
+        return replace(
+            spec,
             env=worker_env(launch, assignment.env, start),
-            actors=self._everyone,
-            peer=f"{name}.{token}",
-            address=f"ipc://{assignment.job_dir}/{number}.{token}",
-            agent_peer=self._control.address.peer,
-            agent_address=self._control.address.address,
-            agent_host=self._control.address.host,
-            agent_pid=os.getpid(),
-            incarnation=incarnation,
             workdir=role.workdir or assignment.workdir,
             error_file=error_file,
             preload=(*zygote.WARM, *(role.preload or ())),
             init_process_group=role.sets_up_process_group,
             node_check=role.checks_node,
-            transport=assignment.transport,
             arena=self.arena.spec(list(self.actors).index(name)) if self.arena else None,
-            shutdown_timeout_s=assignment.shutdown_timeout_s,
-            host_address=assignment.address,
-            security=assignment.security,
-            accept_from=assignment.accept_from,
-            port_range=assignment.port_range,
         )
 
-    def _starting(self, spec: WorkerSpec) -> dict[str, Any]:
-        return {
-            "op": "starting",
-            "name": spec.info.name,
-            "incarnation": spec.incarnation,
-            "peer": spec.peer,
-            "host": self._assignment.host,
-            "agent": self._control.me,
-        }
+
+def declaration(actors: Sequence[ActorInfo]) -> dict[str, Any]:
+    """The job's actors, as the membership is told of them."""
+    known = ("name", "role", "rank", "host")
+    return {"op": "declare", "actors": [{key: getattr(a, key) for key in known} for a in actors]}
+
+
+def announcement(spec: WorkerSpec, agent: str, pid: int = 0) -> dict[str, Any]:
+    """A start of a worker, as the membership is told of it."""
+    who = {"name": spec.info.name, "incarnation": spec.incarnation, "peer": spec.peer}
+    return {"op": "starting", **who, "host": spec.info.host, "agent": agent, "pid": pid}
+
+
+def basic_spec(
+    assignment: Assignment,
+    control: Control,
+    info: ActorInfo,
+    actors: tuple[ActorInfo, ...],
+    number: int,
+) -> WorkerSpec:
+    """What a process of the actor `info` is told however it is started. `number`: unique on its host."""
+    job, token = assignment.plan.job, secrets.token_hex(4)
+    return WorkerSpec(
+        job_id=assignment.plan.job_id,
+        job=job,
+        info=info,
+        entry=job.roles[info.role].entry,
+        env={},
+        actors=actors,
+        peer=f"{info.name}.{token}",
+        address=f"ipc://{assignment.job_dir}/{number}.{token}",
+        agent_peer=control.address.peer,
+        agent_address=control.address.address,
+        agent_host=control.address.host,
+        agent_pid=os.getpid(),
+        incarnation=info.restart_count,
+        workdir="",
+        error_file="",
+        transport=assignment.transport,
+        shutdown_timeout_s=assignment.shutdown_timeout_s,
+        host_address=assignment.address,
+        security=assignment.security,
+        accept_from=assignment.accept_from,
+        port_range=assignment.port_range,
+    )
 
 
 def node_name(info: ActorInfo) -> str:

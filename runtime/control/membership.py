@@ -307,13 +307,8 @@ class Membership:
         return _answer(call, [_facts(member) for member in self._members.values()])
 
     def _list_agents(self, message: Message, call: Call | None, now: float) -> list[Effect]:
-        return _answer(
-            call,
-            [
-                {**_agent_facts(peer, agent), "quiet_s": now - agent.seen}
-                for peer, agent in self._agents.items()
-            ],
-        )
+        agents = self._agents.items()
+        return _answer(call, [{**_agent_facts(p, a), "quiet_s": now - a.seen} for p, a in agents])
 
     def _watch(self, message: Message, call: Call | None, now: float) -> list[Effect]:
         call, since = asked(message, call), whole(message, "since", 0)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from runtime.control.messages import error_state
@@ -110,10 +111,7 @@ class QueueOwner:
         for answer, value, error in done:
             answer(value, error)
         if due is not None and (self._timer is None or due < self._timer.when()):
-            if self._mailbox.on_loop_thread():
-                self._arm(due)
-            else:
-                self._mailbox.post(self._arm, due)
+            self._mailbox.run(self._arm, due)
 
     # -- on the loop --------------------------------------------------------------------------
 
@@ -164,13 +162,7 @@ class QueueOwner:
         def settle(value: Any, error: Exception | None) -> None:
             later.tell(_letter(value, error), None)
 
-        def answer(value: Any, error: Exception | None) -> None:
-            if self._mailbox.on_loop_thread():
-                settle(value, error)
-            else:
-                self._mailbox.post(settle, value, error)
-
-        return answer
+        return partial(self._mailbox.run, settle)
 
     @staticmethod
     def _check_legacy(peer: str, message: dict[str, Any]) -> None:

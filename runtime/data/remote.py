@@ -123,20 +123,13 @@ class RemoteSide:
         """The owner has been told before."""
 
     def withdraw(self, message: dict[str, Any], request: Request | None = None) -> None:
-        self._on_loop(self._withdraw, message, request)
+        self.endpoint.mailbox.run(self._withdraw, message, request)
 
     def why(self, message: dict[str, Any]) -> str:
         if self._owner is None:
             return f"queue {self._name!r} has no owner (is_master=True) yet, or none any more"
         what = {"put": "room", "get": "items"}.get(message["op"], "an answer")
         return f"queue {self._name!r} of {self._owner.peer}: waiting for {what}"
-
-    def _on_loop(self, work: Callable[..., None], *what: Any) -> None:
-        mailbox = self.endpoint.mailbox
-        if mailbox.on_loop_thread():
-            work(*what)
-        else:
-            mailbox.post(work, *what)
 
     # -- sending ------------------------------------------------------------------------------
 
@@ -171,7 +164,7 @@ class RemoteSide:
         elif self._finding is None:
             self._finding = self.endpoint.spawn(self._find(), f"owner of queue {self._name}")
         if timeout is not None and not request.future.done():
-            self._on_loop(self._arm, errand)
+            self.endpoint.mailbox.run(self._arm, errand)
 
     def _arm(self, errand: _Errand) -> None:
         # Asking without waiting still takes the way to the owner, and finding it.

@@ -3,7 +3,7 @@
 A frame is five bytes of head (kind, length), a body and a line feed: `srun` hands on what a program writes
 up to its last line feed, and keeps the rest. Down (launcher to agent) go the job and then
 stop and kill; up go events (msgpack) and the workers' console output (bytes as they are to be written).
-End of input means "the other side is gone" to both. The same frames are to travel over ssh's standard
+End of input means "the other side is gone" to both. The same frames travel over ssh's standard
 input and output, so bodies that come *up* are never unpickled.
 """
 

@@ -127,10 +127,11 @@ def find(which: str | None) -> JobEndpoint:
     if not meant:
         what = f"no job {which!r}" if which is not None else "no job"
         raise MisuseError("\n".join((f"{what} was launched from here by this user", *refused)))
-    running = [e for e in meant if outcome(e) is None and answers(e)]
-    if which is not None and len(running) > 1:
-        raise MisuseError(_several(which, running))
-    return (running or meant)[0]
+    running = (e for e in meant if outcome(e) is None and answers(e))
+    found = next(running, meant[0])
+    if which is not None and (others := list(running)):
+        raise MisuseError(_several(which, [found, *others]))
+    return found
 
 
 def detached_text(endpoint: JobEndpoint) -> str:

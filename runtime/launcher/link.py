@@ -30,6 +30,8 @@ _SRUN_ADDS = (
     r"(?m)^srun: (error: \S+: task 0: .*|cluster configuration lacks support for cpu binding)$"
 )
 """What `srun` says that its exit code says, too, or that nobody needs to know."""
+_STEERS = r"(\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x1f\x7f-\x9f])+"
+"""What another host says is shown on our terminal, which it must not steer."""
 _END_S = 2.0
 _TAIL_S = 0.5
 
@@ -63,7 +65,8 @@ class _Tail(asyncio.Protocol):
 
     def lines(self) -> tuple[str, ...]:
         text = re.sub(_SRUN_ADDS, "", self._data.decode(errors="replace"))
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
+        lines = (re.sub(_STEERS, " ", line).strip() for line in text.splitlines())
+        return tuple(filter(None, lines))
 
 
 class AgentLink:

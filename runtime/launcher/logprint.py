@@ -50,10 +50,11 @@ class LogPrinter:
             for key, (lines, attempt) in self._streams.items():
                 self._out(key, attempt, lines.unfinished())
 
-    def end(self) -> None:
-        """Nothing more will come: print what stands on lines that have no end."""
+    def end(self) -> bool:
+        """Nothing more will come: print what stands on lines that have no end. Whether there was anything."""
         for key, (lines, attempt) in self._streams.items():
             self._out(key, attempt, lines.end())
+        return bool(self._streams)
 
     def _out(self, key: tuple[str, str, int, str], attempt: int, text: bytes) -> None:
         if not text:

@@ -20,6 +20,7 @@ _COLOURS = {
 }  # fmt: skip
 _NARROWEST = 8
 _LISTED = ("job", "name", "stage", "started", "hosts", "code")
+_HOST = ("host", "agent", "heard of", "")
 _WORKER = ("worker", "host", "pid", "state", "restarts", "step", "cause")
 
 
@@ -38,17 +39,35 @@ def status_text(status: JobStatus, now: float, width: int = 80, *, colour: bool 
     words = "{} ago" if status.stage in ("finished", "failed") else "for {}"
     since = " " + words.format(lasting(now - status.since)) if status.since else ""
     lines = [f"job {status.job_id}{name}: {stage}{since}"]
-    facts = [("started", _when(status.started)), ("reason", status.reason)]
-    if status.exit_code is not None:
-        facts.append(("exit code", str(status.exit_code)))
-    if status.restarts:
-        facts.append(("restarts", str(status.restarts)))
-    facts.append(("logs", status.log_dir))
-    lines += [f"{key:<10} {value}" for key, value in facts if value]
+    facts = {
+        "started": _when(status.started),
+        "reason": status.reason,
+        "exit code": _text(status.exit_code),
+        "restarts": _text(status.restarts or None),
+        "logs": status.log_dir,
+    }
+    lines += [f"{key:<10} {value}" for key, value in facts.items() if value]
     if status.hosts:
-        lines += ["", *_hosts(status, width)]
+        hosts = [
+            (h.host, _text(h.pid), _text(h.last_heartbeat_s, ".0f", " s ago"), h.problem)
+            for h in status.hosts
+        ]
+        lines += ["", *table(_HOST, hosts, width)]
     if status.roles:
-        lines += ["", *_workers(status, width, colour)]
+        workers = [
+            (
+                w.name,
+                w.host,
+                _text(w.pid),
+                w.state,
+                _text(w.restart_count or None),
+                _text(w.step),
+                w.cause,
+            )
+            for role in status.roles.values()
+            for w in role
+        ]
+        lines += ["", *table(_WORKER, workers, width, colour)]
     return "\n".join(lines) + "\n"
 
 
@@ -68,31 +87,6 @@ def list_text(
         for item in listed
     ]
     return "\n".join(table(_LISTED, rows, width, colour)) + "\n"
-
-
-def _hosts(status: JobStatus, width: int) -> list[str]:
-    rows = [
-        (host.host, _text(host.pid), _text(host.last_heartbeat_s, ".0f", " s ago"), host.problem)
-        for host in status.hosts
-    ]
-    return table(["host", "agent", "heard of", ""], rows, width)
-
-
-def _workers(status: JobStatus, width: int, colour: bool) -> list[str]:
-    rows = [
-        (
-            worker.name,
-            worker.host,
-            _text(worker.pid),
-            worker.state,
-            _text(worker.restart_count or None),
-            _text(worker.step),
-            worker.cause,
-        )
-        for workers in status.roles.values()
-        for worker in workers
-    ]
-    return table(_WORKER, rows, width, colour)
 
 
 def table(

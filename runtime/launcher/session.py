@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from runtime import aio
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, WireError
 from runtime.launcher import jobs, report, spawn
 from runtime.launcher.assignment import Assignment, remove_job_dir
 from runtime.launcher.channel import Frame, Kind
@@ -157,14 +157,13 @@ class Session(aio.Service):
         """The first agent has ended, or is gone: nobody else has anything more to do."""
         others = self._hosts[1:]
         end = self._first.end
-        lost = end is None
+        reason = f"{self._first.name} is lost" if end is None else "the job has ended"
         gone = end.get("lost_hosts", ()) if end else ()
         # The others hear of the end by the control plane, unless it could not tell them.
         after_s = 0.0 if end is None or end.get("undecided", True) else _LAST_WORDS_S
         for host in others:
             if host.rank in gone:  # what it does when it comes back is its own business
                 host.link.kill()
-            reason = f"{self._first.name} is lost" if lost else "the job has ended"
             host.tell("leave", reason=reason, after_s=after_s)
         waits = [self.spawn(host.done.wait(), f"end of {host.name}") for host in others]
         if waits:
@@ -186,10 +185,14 @@ class Session(aio.Service):
     async def _read(self, host: _Host) -> None:
         """Take what one agent says, until its link has ended."""
         clock = asyncio.get_running_loop().time
-        while (frame := await host.link.channel.receive()) is not None:
-            host.reading = False  # a console that is full is not the host's silence
-            await self._take(host, frame)
-            host.reading, host.heard = True, clock()
+        try:
+            while (frame := await host.link.channel.receive()) is not None:
+                host.reading = False  # a console that is full is not the host's silence
+                await self._take(host, frame)
+                host.reading, host.heard = True, clock()
+        except WireError as error:
+            host.why = f"what came from it cannot be understood: {error}"
+            host.link.kill()
         if host.end is None and not self._detached:
             self._lost(host, await host.link.ended(_AFTER_END_S))
         host.done.set()
@@ -244,9 +247,8 @@ class Session(aio.Service):
                     await asyncio.to_thread(jobs.remember, self._job, outcome)
 
     def _detach_if_all_run(self, name: str) -> None:
-        before = len(self._started)
+        before, planned = len(self._started), len(self._settings.plan.launches)
         self._started.add(name)
-        planned = len(self._settings.plan.launches)
         if self._settings.detached and before < len(self._started) == planned:
             for host in self._hosts:
                 host.tell("detach")

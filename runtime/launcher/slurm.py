@@ -78,8 +78,8 @@ def allocated(options: LaunchOptions, env: Mapping[str, str]) -> tuple[Host, ...
     counts = _tasks_per_node(env.get("SLURM_TASKS_PER_NODE", ""))
     if len(counts) != len(hosts):
         raise ConfigError(
-            f"SLURM_TASKS_PER_NODE={env.get('SLURM_TASKS_PER_NODE', '')}: says {len(counts)} nodes, "
-            f"but SLURM_JOB_NODELIST={env['SLURM_JOB_NODELIST']} {len(hosts)}"
+            f"SLURM_TASKS_PER_NODE={env.get('SLURM_TASKS_PER_NODE', '')} counts tasks on {len(counts)} "
+            f"nodes, but SLURM_JOB_NODELIST={env['SLURM_JOB_NODELIST']} names {len(hosts)}"
         )
     return tuple(replace(host, slots=count) for host, count in zip(hosts, counts, strict=True))
 

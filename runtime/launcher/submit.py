@@ -21,7 +21,10 @@ def submit(options: LaunchOptions, argv: Sequence[str], facts: Facts) -> str:
     Raises `ConfigError`: there is no `sbatch`, or it does not take the job.
     """
     sbatch = _sbatch(options, facts)
-    script = f"#!/bin/sh\nexec {shlex.join((sys.executable, '-m', 'runtime.launch', *argv))}\n"
+    words = [sys.executable, "-m", "runtime.launch", *argv]
+    if options.dry_run and "--dry-run" in words:
+        words.remove("--dry-run")  # what would be submitted
+    script = f"#!/bin/sh\nexec {shlex.join(words)}\n"
     if options.dry_run:
         return f"{shlex.join(sbatch)} <<'EOF'\n{script}EOF\n"
     try:

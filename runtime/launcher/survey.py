@@ -77,16 +77,15 @@ class _Survey:
         for patience in _PATIENCE_S:
             await self._try(patience)
             chosen, failures = choose(self._known, list(self._trials.values()))
-            if not failures and all(map(self._as_named, chosen.items())):
+            if not failures and all(self._as_named(host, chosen[host]) for host in chosen):
                 break
         for link in self._links.values():
             link.channel.send_message(Kind.COMMAND, {"op": "probed"})
         _refuse(failures)
         return chosen
 
-    def _as_named(self, choice: tuple[str, Candidate]) -> bool:
+    def _as_named(self, host: str, chosen: Candidate) -> bool:
         """Whether a host got an address that it is named by, if it has one."""
-        host, chosen = choice
         return chosen.preferred or not any(other.preferred for other in self._known[host])
 
     async def _find_candidates(self) -> None:

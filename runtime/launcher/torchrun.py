@@ -37,11 +37,11 @@ class Outer(NamedTuple):
     rank: int
     world_size: int
     local_rank: int
-    role: str
     role_rank: int
-    node: str
-    restart: int
     place: Place
+    role: str = "default"
+    node: str = ""
+    restart: int = 0
 
 
 def find(env: Mapping[str, str]) -> Outer | None:
@@ -69,11 +69,11 @@ def _torchrun(env: Mapping[str, str]) -> Outer:
         rank,
         _number(env, "WORLD_SIZE"),
         _number(env, "LOCAL_RANK"),
-        env.get("ROLE_NAME", "default"),
         _number(env, "ROLE_RANK", rank),
-        str(_number(env, "GROUP_RANK", 0)),
-        _number(env, "TORCHELASTIC_RESTART_COUNT", 0),
         Place(env["MASTER_ADDR"], (_number(env, "MASTER_PORT"),), served),
+        role=env.get("ROLE_NAME", "default"),
+        node=str(_number(env, "GROUP_RANK", 0)),
+        restart=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 
@@ -84,18 +84,9 @@ def _srun(env: Mapping[str, str]) -> Outer:
     size = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     host = env.get("MASTER_ADDR") or _first_node(nodes)
-    return Outer(
-        "srun",
-        run_id,
-        rank,
-        size,
-        _number(env, "SLURM_LOCALID"),
-        "default",
-        rank,
-        str(_number(env, "SLURM_NODEID")),
-        0,
-        Place(host, _ports(env, f"slurm {run_id}")),
-    )
+    place = Place(host, _ports(env, f"slurm {run_id}"))
+    local_rank, node = _number(env, "SLURM_LOCALID"), str(_number(env, "SLURM_NODEID"))
+    return Outer("srun", run_id, rank, size, local_rank, rank, place, node=node)
 
 
 def _mpirun(env: Mapping[str, str]) -> Outer:
@@ -109,18 +100,9 @@ def _mpirun(env: Mapping[str, str]) -> Outer:
             "start it with `mpirun -x MASTER_ADDR=<host of rank 0> ...`"
         )
     run_id = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or "mpirun"
-    return Outer(
-        "mpirun",
-        run_id,
-        rank,
-        size,
-        _number(env, "OMPI_COMM_WORLD_LOCAL_RANK"),
-        "default",
-        rank,
-        "",
-        0,
-        Place(host, _ports(env, f"mpirun {run_id}")),
-    )
+    local_rank = _number(env, "OMPI_COMM_WORLD_LOCAL_RANK")
+    place = Place(host, _ports(env, f"mpirun {run_id}"))
+    return Outer("mpirun", run_id, rank, size, local_rank, rank, place)
 
 
 def _first_node(nodes: str) -> str:

@@ -64,9 +64,7 @@ class RoleActor:
         parcel = gather.prepared(endpoint, (self.name,), encode_arguments(args, kwargs), options)
         future = gather.future_of(endpoint, name, self.name, calls)
         request = name, parcel, options
-        gather.on_loop(
-            endpoint, gather.start, endpoint, self.name, request, gather.One(future), calls
-        )
+        endpoint.mailbox.run(gather.start, endpoint, self.name, request, gather.One(future), calls)
         return future
 
     def cast(self, method: Method, /, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +74,7 @@ class RoleActor:
         parcel = gather.prepared(
             endpoint, (self.name,), encode_arguments(args, kwargs), self._options
         )
-        gather.on_loop(endpoint, endpoint.caller.cast, self.name, name, parcel)
+        endpoint.mailbox.run(endpoint.caller.cast, self.name, name, parcel)
 
     def stream(self, method: Method, /, *args: Any, **kwargs: Any) -> Stream[Any]:
         """Call a generator method: what it yields, item by item, for `for` or `async for`. Closing or

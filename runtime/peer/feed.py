@@ -61,7 +61,7 @@ class Feed(Generic[T]):
 
     def open(self, requests: Iterable[tuple[str, Source, gather.Request]]) -> None:
         """Make the streaming calls, of each target for its source. From any thread."""
-        gather.on_loop(self._endpoint, self._open, list(requests))
+        self._endpoint.mailbox.run(self._open, list(requests))
 
     def _open(self, requests: list[tuple[str, Source, gather.Request]]) -> None:
         caller = self._endpoint.caller
@@ -117,7 +117,7 @@ class Feed(Generic[T]):
         if source is not None and due:
             with contextlib.suppress(Closed):  # what has arrived can still be taken
                 more = self._endpoint.caller.more
-                gather.on_loop(self._endpoint, more, source.call, due)
+                self._endpoint.mailbox.run(more, source.call, due)
         return (item,)
 
     def close(self) -> None:

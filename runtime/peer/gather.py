@@ -51,14 +51,6 @@ def prepared(
     return parcel
 
 
-def on_loop(endpoint: Endpoint, work: Callable[..., None], *args: Any) -> None:
-    """Run `work(*args)` on the peer loop: now, where this is its thread."""
-    if endpoint.mailbox.on_loop_thread():
-        work(*args)
-    else:
-        endpoint.mailbox.post(work, *args)
-
-
 def here(options: CallOptions) -> CallOptions:
     """`options` of a call that is made by this code: in a handler, or not."""
     return options if current_waiter.get() is None else options._replace(nested=True)

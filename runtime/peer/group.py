@@ -170,7 +170,7 @@ class RoleGroup(Sequence[RoleActor]):
             for actor in self._actors:
                 self._endpoint.caller.cast(actor.name, name, parcel)
 
-        gather.on_loop(self._endpoint, send)
+        self._endpoint.mailbox.run(send)
 
     def stream(self, method: Method, /, *args: Any, **kwargs: Any) -> Stream[tuple[int, Any]]:
         """Call `method` of every member: (rank, result) as they arrive, for `for` or `async for`; of a
@@ -217,9 +217,7 @@ class RoleGroup(Sequence[RoleActor]):
         calls: list[Outgoing] = []
         future = gather.future_of(self._endpoint, name, f"any of {self.name}", calls)
         request = name, parcel, options
-        gather.on_loop(
-            self._endpoint, Balanced(self._endpoint, names, request, future, calls).start
-        )
+        self._endpoint.mailbox.run(Balanced(self._endpoint, names, request, future, calls).start)
         return future
 
     def call_batch(
@@ -250,7 +248,7 @@ class RoleGroup(Sequence[RoleActor]):
             waiter = gather.One(future, piece_check(name, actor.info, piece))
             starts.append((actor.name, request, waiter, calls))
         together: list[Outgoing] = []
-        gather.on_loop(self._endpoint, self._start, starts, together)
+        self._endpoint.mailbox.run(self._start, starts, together)
         return FutureSequence(self._endpoint, name, parts, together, self._return_exceptions)
 
     def wait_ready(self, timeout: float | None = None) -> None:
@@ -307,7 +305,7 @@ class RoleGroup(Sequence[RoleActor]):
             (info.name, (name, parcel, options), gather.Member(together, place), calls)
             for place, (info, parcel) in enumerate(zip(infos, parcels, strict=True))
         ]
-        gather.on_loop(self._endpoint, self._start, starts)
+        self._endpoint.mailbox.run(self._start, starts)
         return future
 
     def _start(

@@ -118,6 +118,13 @@ class Mailbox:
         except RuntimeError as error:
             raise Closed("the peer loop of this process has been closed") from error
 
+    def run(self, work: Callable[..., None], *args: Any) -> None:
+        """From any thread: at once where this is the loop's, else as `post`."""
+        if self.on_loop_thread():
+            work(*args)
+        else:
+            self.post(work, *args)
+
     def visit(self, work: Callable[..., bool], *args: Any) -> bool:
         """On another thread: `work(*args)` here and now, if the loop sleeps and nothing was posted; else False.
         It may use what is the loop's, but must neither schedule anything (`post` does) nor take long."""

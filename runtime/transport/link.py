@@ -214,3 +214,13 @@ class SocketLink(Timed):
     def forget_queued(self) -> None:
         for queue in (self.outbox, self.loose, self.departures):
             queue.clear()
+
+
+def texts(batch: frames.Batch, count: int) -> list[str]:
+    """What a message about a link says: so many short texts."""
+    if len(batch.records) != count or any(record.buffers for record in batch.records):
+        raise WireError("malformed handshake", f"{len(batch.records)} records")
+    try:
+        return [record.header.decode() for record in batch.records]
+    except UnicodeDecodeError as error:
+        raise WireError("malformed handshake", str(error)) from None

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from runtime.errors import Closed, ConfigError, MisuseError, WireError
 from runtime.transport.address import Address, local_path, parse
 from runtime.transport.base import Buffer, Lane, Receiver, TransportStatistics
-from runtime.transport.link import SocketSettings
+from runtime.transport.link import SocketSettings, texts
 from runtime.transport.local_link import LocalHub, LocalLink
 from runtime.transport.pipe import Pipe
 from runtime.wire import frames
@@ -189,15 +189,15 @@ class LocalTransport:
         if link.up:
             if kind != frames.BYE:
                 raise WireError("unexpected message", f"kind {kind} on a link that is up")
-            link.end(_texts(batch, 1)[0][:1000] or "closed by the peer")
+            link.end(texts(batch, 1)[0][:1000] or "closed by the peer")
         elif not link.outbound:
             self._hello(link, batch)
         elif kind == frames.BYE:
-            link.end(f"refused: {_texts(batch, 1)[0]}")
+            link.end(f"refused: {texts(batch, 1)[0]}")
         elif kind != frames.WELCOME:
             raise WireError("no welcome", f"kind {kind} came first")
         else:
-            peer, *arena = _texts(batch, 3)
+            peer, *arena = texts(batch, 3)
             if peer != link.peer:
                 raise WireError("wrong peer", f"{link.endpoint} is {peer}")
             link.set_up(self._member(*arena))
@@ -205,7 +205,7 @@ class LocalTransport:
     def _hello(self, link: LocalLink, batch: frames.Batch) -> None:
         if batch.kind != frames.HELLO:
             raise WireError("no hello", f"kind {batch.kind} came first")
-        peer, wanted, lane, *arena = _texts(batch, 5)
+        peer, wanted, lane, *arena = texts(batch, 5)
         if wanted != self.peer:
             raise WireError("wrong peer", f"{wanted} was wanted, this is {self.peer}")
         if lane not in _LANES:
@@ -322,13 +322,3 @@ def _connected(path: str) -> socket.socket:
 def _unlink(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-
-
-def _texts(batch: frames.Batch, count: int) -> list[str]:
-    """What a message about a link says: so many short texts."""
-    if len(batch.records) != count or any(record.buffers for record in batch.records):
-        raise WireError("malformed handshake", f"{len(batch.records)} records")
-    try:
-        return [record.header.decode() for record in batch.records]
-    except UnicodeDecodeError as error:
-        raise WireError("malformed handshake", str(error)) from None

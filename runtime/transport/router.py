@@ -26,7 +26,7 @@ from runtime.errors import WireError
 from runtime.transport.address import Address
 from runtime.transport.base import Lane
 from runtime.transport.engine import Engine, Hub
-from runtime.transport.link import SocketLink
+from runtime.transport.link import SocketLink, texts
 from runtime.wire import frames
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Router(Engine):
     def _said_bye(self, link: SocketLink, batch: frames.Batch) -> None:
         if batch.kind != frames.BYE:
             raise WireError("unexpected message", f"kind {batch.kind} on a link that is up")
-        reason = _texts(batch, 1)[0][:1000] or "closed by the peer"
+        reason = texts(batch, 1)[0][:1000] or "closed by the peer"
         if link.lane is Lane.BULK:  # all pieces have come; the rpc link has a good-bye of its own
             rpc = link.mate
             self._return_bye(link)
@@ -235,7 +235,7 @@ class Listener(Router):
             return
         if batch.kind != frames.HELLO:
             raise WireError("no hello", f"kind {batch.kind} came first")
-        peer, wanted, name = _texts(batch, 3)
+        peer, wanted, name = texts(batch, 3)
         lane = _LANES.get(name)
         if lane is None:
             raise WireError("malformed handshake", f"lane {name!r}")
@@ -353,11 +353,11 @@ class Dialler(Router):
         if link.up:
             self._said_bye(link, batch)
         elif batch.kind == frames.BYE:
-            self.end(link, f"refused: {_texts(batch, 1)[0]}")
+            self.end(link, f"refused: {texts(batch, 1)[0]}")
         elif batch.kind != frames.WELCOME:
             raise WireError("no welcome", f"kind {batch.kind} came first")
-        elif _texts(batch, 1)[0] != link.peer:
-            raise WireError("wrong peer", f"{link.where} is {_texts(batch, 1)[0]}")
+        elif texts(batch, 1)[0] != link.peer:
+            raise WireError("wrong peer", f"{link.where} is {texts(batch, 1)[0]}")
         else:
             self._up(link, self.socket.descriptor())
 
@@ -383,13 +383,3 @@ class Dialler(Router):
         for link in self.living():
             if link.where == endpoint:
                 link.connected = True
-
-
-def _texts(batch: frames.Batch, count: int) -> list[str]:
-    """What a message about a link says: so many short texts."""
-    if len(batch.records) != count or any(record.buffers for record in batch.records):
-        raise WireError("malformed handshake", f"{len(batch.records)} records")
-    try:
-        return [record.header.decode() for record in batch.records]
-    except UnicodeDecodeError as error:
-        raise WireError("malformed handshake", str(error)) from None

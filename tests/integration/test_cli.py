@@ -237,7 +237,7 @@ def test_a_detached_job_of_three_hosts_is_seen_and_ended_though_one_is_cut_off(
     hosts: Hosts, tmp_path: Path
 ) -> None:
     (tmp_path / "t.py").write_text(STEPS)
-    env = {"HOME": str(tmp_path), "RUNTIME_COORDINATOR_HEARTBEAT_TIMEOUT_MS": "3000"}
+    env = {"HOME": str(tmp_path), "RUNTIME_COORDINATOR_HEARTBEAT_TIMEOUT_MS": "8000"}
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return hosts.python("host1", "-m", *words, env=env, cwd=tmp_path, check=False, timeout=60)

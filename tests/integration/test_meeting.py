@@ -37,7 +37,7 @@ def served() -> Iterator[Served]:
 
 
 def outer(rank: int, place: Place, size: int = 2) -> Outer:
-    return Outer("torchrun", "run", rank, size, rank, "default", rank, "0", 0, place)
+    return Outer("torchrun", "run", rank, size, rank, rank, place, node="0")
 
 
 def meet(place: Place, ranks: dict[int, str], size: int = 2, timeout: float = 10.0) -> list[Any]:

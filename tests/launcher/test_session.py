@@ -274,6 +274,17 @@ async def test_a_host_without_a_sign_of_life_is_given_up_after_the_timeout() -> 
         job.ends_with(69, reason="h2")
 
 
+async def test_a_host_of_which_nonsense_comes_is_given_up() -> None:
+    async with play("h1", "h2") as job:
+        for agent in job.agents:
+            _obliging(agent)
+        job.agents[1]._frames.put_nowait(Frame(Kind.EVENT, b"nonsense"))
+        await asyncio.sleep(0.1)
+        (lost,) = [m for m in job.agents[0].told if m["op"] == "lost"]
+        assert (lost["node_rank"], "is not msgpack" in lost["why"]) == (1, True)
+        job.ends_with(69, reason="host h2 was lost", lost=[1])
+
+
 async def test_agents_of_this_machine_are_not_pinged() -> None:
     async with play("a", "b", local=True) as job:
         _obliging(job.agents[1])

@@ -85,7 +85,7 @@ def test_workers_per_node_that_are_said_are_not_held_to_slurms_tasks() -> None:
 @pytest.mark.parametrize("text", ["2(x3)", "", "2(x3),x", "5"])
 def test_task_counts_that_do_not_fit_the_nodes_are_refused(text: str) -> None:
     env = {**BATCH, "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": text}
-    with pytest.raises(ConfigError, match=r"SLURM_TASKS_PER_NODE=.* nodes, but .*login 4"):
+    with pytest.raises(ConfigError, match=r"SLURM_TASKS_PER_NODE=.* nodes, but .*login names 4"):
         slurm.allocated(RUN, env)
 
 

@@ -54,7 +54,7 @@ def test_the_shell_of_a_slurm_allocation_is_no_rank() -> None:
 
 def test_a_rank_of_torchrun_has_its_role_its_round_and_the_agents_store() -> None:
     place = Place("node0", (29500,), served=True)
-    assert found(TORCHRUN) == Outer("torchrun", "run", 3, 4, 1, "trainer", 2, "1", 2, place)
+    assert found(TORCHRUN) == Outer("torchrun", "run", 3, 4, 1, 2, place, "trainer", "1", 2)
 
 
 def test_torchrun_without_a_store_of_its_own_leaves_that_to_rank_0() -> None:

@@ -35,8 +35,8 @@ def submitted(line: str, **facts: Any) -> list[str]:
     ],
 )  # fmt: skip
 def test_a_submission_asks_for_what_the_job_needs(line: str, asked: str) -> None:
-    line = f"--launcher slurm --dry-run {line}"
-    first, head, command, end = submitted(line, files={"job.toml": JOB})
+    line = f"--launcher slurm {line}"
+    first, head, command, end = submitted(f"--dry-run {line}", files={"job.toml": JOB})
     assert first == f"sbatch --parsable {asked} <<'EOF'"
     assert (head, end) == ("#!/bin/sh", "EOF")
     # Inside, the same words mean the allocation's nodes.

@@ -123,8 +123,11 @@ class Channel:
         if left is not None and left < 0:
             left = 0.0
         body, buffers = parcel
-        stream = call.items is not None
-        link.send(messages.encode_call(call.id, call.method, body, buffers, left, stream))
+        if not body:
+            link.send(parcel.record(call.id, call.method, left))  # a `holding.Held`
+        else:
+            stream = call.items is not None
+            link.send(messages.encode_call(call.id, call.method, body, buffers, left, stream))
         call.sent = True
         self.window.in_flight += call.size
 

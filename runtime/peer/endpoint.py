@@ -25,6 +25,7 @@ from runtime.peer.finding import Finder
 from runtime.peer.flow import nbytes
 from runtime.peer.future import current_waiter
 from runtime.peer.handlers import Handlers
+from runtime.peer.holding import Holder
 from runtime.peer.loopback import Loopback
 from runtime.peer.mailbox import Mailbox
 from runtime.peer.method import RESERVED, Exports, method_of, rpc_methods
@@ -73,9 +74,8 @@ class Endpoint(Service):
     """Calls other processes and answers theirs. `async with`, or `start` and `close`.
 
     `directory` (given here or set before `start`) finds actors by name; without one, calls need a
-    `PeerAddress`. `runner` runs plain
-    handlers (default: a thread of the endpoint's own); `prepare` is called first in each thread that
-    the endpoint starts for them.
+    `PeerAddress`. `runner` runs plain handlers (default: a thread of the endpoint's own); `prepare` is
+    called first in each thread that the endpoint starts for them.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Endpoint(Service):
         self._owner = Owner(transport.peer, name)
         self._exports = Exports(name)
         self._exports.add(PING, _ping)
+        self._holder = Holder(self)
         self._own_runner = None if runner else ThreadRunner("rpc-handlers", prepare=prepare)
         self._plain_runner: PlainRunner = runner or self._own_runner  # type: ignore[assignment]
         self._prepare = prepare
@@ -209,8 +210,7 @@ class Endpoint(Service):
 
     def stage(self, encoded: codec.Encoded, budget: str = "rpc") -> codec.Encoded:
         """From any thread: `encoded` with its large buffers copied to where peers of this host can open
-        them without another copy, if the transport has such a place with room for this `budget`. What is
-        changed in the original of those after this does not travel."""
+        them without another copy, if there is room for this `budget`: their originals may change then."""
         body, buffers = encoded
         if not any(nbytes(buffer) >= STAGED_BYTES for buffer in buffers):
             return encoded
@@ -324,6 +324,10 @@ class Endpoint(Service):
                 self._handlers.more(link, message)
             case messages.Resume():
                 self._handlers.resume(link, message)
+            case messages.Held() | messages.Whole() | messages.Missing() if not link.outbound:
+                self._handlers.by_reference(link, message, self._holder.fetch)
+            case messages.Missing():
+                self._caller.missing(link, message)
             case messages.Probe():
                 self._handlers.probe(link, message)
             case messages.Goodbye() if link.outbound:

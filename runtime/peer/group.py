@@ -13,7 +13,7 @@ from typing import Any, overload
 
 from runtime.errors import CallGroupError, MisuseError, RuntimeFault, Timeout, nearest
 from runtime.job import ActorInfo
-from runtime.peer import batch, context, gather
+from runtime.peer import batch, context, gather, holding
 from runtime.peer.actor import Method, RoleActor
 from runtime.peer.balance import Balanced
 from runtime.peer.calls import DEFAULT, CallOptions, Outgoing
@@ -159,7 +159,16 @@ class RoleGroup(Sequence[RoleActor]):
             )
         # A plain dict: an `OrderedDict` as modules make it would travel as one pickle.
         named = {} if version is None else {"version": version}
-        return self._call_all(rpc_name(method), encode_arguments([dict(state_dict)], named))
+        name, options = rpc_name(method), gather.here(self._options)
+        parcel = self._prepared(self._actors, encode_arguments([dict(state_dict)], named))
+        infos = [actor.info for actor in self._actors]
+        shipments, parcels = holding.shipments(self._endpoint, infos, parcel, options)
+        for shipment in shipments:
+            self._endpoint.mailbox.run(shipment.start)
+        future = self._gathered(name, parcels, options)
+        for shipment in shipments:
+            future.add_done_callback(shipment.over)
+        return future
 
     def cast(self, method: Method, /, *args: Any, **kwargs: Any) -> None:
         """Call `method` of every member one way."""

@@ -7,6 +7,7 @@ How a caller's calls outlive its links stands in `clients`, how handlers run in 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from runtime.peer.clients import GRACE_S, Client, Clients
 from runtime.peer.cycles import CycleWatch
 from runtime.peer.execution import Execution, Refused, encode, label
 from runtime.peer.flow import size_of
+from runtime.peer.holding import Waiting
 from runtime.peer.mailbox import Mailbox
 from runtime.peer.method import Exported, Exports
 from runtime.peer.streams import Stream
@@ -26,6 +28,8 @@ from runtime.transport.base import Link, Record
 from runtime.wire import codec, messages
 
 logger = logging.getLogger(__name__)
+
+Fetch = Callable[[messages.Held], asyncio.Task[Any]]
 
 
 class Handlers:
@@ -46,6 +50,7 @@ class Handlers:
         self._timers = timers
         self._clients = Clients(mailbox.loop)
         self._execution = Execution(owner, mailbox, runner, prepare, self)
+        self._waiting = Waiting(self._execution.take)
         self._cycles = CycleWatch(owner, self._execution.plain, mailbox.loop, self._fail_queued)
         self.queued, self.blocked = self._cycles.queued, self._cycles.blocked
         self._closed = False
@@ -82,13 +87,34 @@ class Handlers:
             call.stream = Stream(call)
         client.calls[id] = call
         if deadline_s is None:
-            self._execution.take(call)
+            self._waiting.take(call)
             return
         call.deadline = self._loop.time() + deadline_s
-        self._execution.take(call)
+        self._waiting.take(call)
         if call.state != OVER:  # most end in their first step, and need no timer
             call.timed = True
             self._timers.add(call)
+
+    def by_reference(
+        self, link: Link, message: messages.Held | messages.Whole | messages.Missing, fetch: Fetch
+    ) -> None:
+        """A call came in whose arguments are to be fetched; or they came, or nobody holds them, says its caller."""
+        client = self._clients.of_calls(link)
+        if client is None or self._closed:
+            return
+        if not isinstance(message, messages.Held):
+            call = client.calls.get(message.id)
+            if call is not None and isinstance(message, messages.Whole):
+                self._waiting.came(call, (message.body, message.buffers))
+            elif call is not None:
+                self._waiting.missing(call)
+        elif message.call.id not in client.calls:
+            self._waiting.open(client)
+            self.call(link, message.call)
+            call = client.calls.get(message.call.id)
+            if call is not None:
+                self._waiting.ask(call, fetch(message))
+            self._waiting.advance(client)
 
     def cast(self, link: Link, message: messages.Cast) -> None:
         """A one-way call came in. It runs even when its caller is gone by then."""
@@ -106,7 +132,7 @@ class Handlers:
             self.errors += 1
             client.release(0, size)
             return
-        self._execution.take(Incoming(client, 0, exported, (message.body, message.buffers), size))
+        self._waiting.take(Incoming(client, 0, exported, (message.body, message.buffers), size))
 
     def cancel(self, link: Link, message: messages.Cancel) -> None:
         """The caller gave up."""
@@ -144,7 +170,9 @@ class Handlers:
         for call in list(client.calls.values()):
             if call.id not in awaited:
                 self.give_up(call)
-        for id in client.resume(link, message.epoch, message.ids):
+        gone = client.resume(link, message.epoch, message.ids)
+        self._waiting.again(client)
+        for id in gone:
             reason = (
                 f"{self._owner.name} does not have this call (any more): the connection of its "
                 f"caller was lost, perhaps for more than {GRACE_S:g} s"
@@ -183,6 +211,7 @@ class Handlers:
         self._over(call)
         if call.size:
             self.release(call)
+        self._waiting.over(call)
         self._execution.stop(call)
 
     def running(self) -> int:
@@ -200,6 +229,7 @@ class Handlers:
     async def close(self) -> None:
         """Cancel what runs, and return once the async handlers have ended."""
         self._closed = True
+        self._waiting.close()
         self._cycles.close()
         for client in self._clients.all():
             if client.calls and client.link is not None:

@@ -239,6 +239,13 @@ class Caller(Routes):
         else:
             cast("Sink", call.waiter).item(call, value)
 
+    def missing(self, link: Link, message: messages.Missing) -> None:
+        """A callee has only the reference of a call's arguments, and cannot get them from their holder."""
+        channel = self._channels.get(link.peer)
+        call = self.table.find(channel, message.id)
+        if call is not None and channel is not None and channel.link is link and not call.parcel[0]:
+            link.send(messages.encode_whole(call.id, *call.parcel.shipment.whole), False)
+
     def told(self, link: Link, message: messages.Credit | messages.Resumed) -> None:
         """A callee tells how far it is."""
         channel = self._channels.get(link.peer)

@@ -116,6 +116,11 @@ class Routes:
         link = channel.visited if channel is not None and channel.ready else None
         return link if link is not None and link.enter() else None
 
+    def found(self, name: str) -> bool:
+        """Whether it is known where the actor `name` runs now."""
+        route = self._routes.get(name)
+        return route is not None and route.channel is not None
+
     # -- room -----------------------------------------------------------------------------------
 
     def full(self, target: Target, size: int) -> bool:

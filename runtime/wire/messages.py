@@ -29,6 +29,7 @@ _MAX_ID = 2**63
 _MAX_DEADLINE_S = 1e9
 _CALL, _CAST, _RESULT, _ERROR, _CANCEL, _PROBE, _GOODBYE = range(1, 8)
 _STREAM, _ITEM, _MORE, _ACK, _CREDIT, _RESUME, _RESUMED = range(8, 15)
+_HELD, _MISSING, _WHOLE = range(15, 18)
 
 
 class Call(NamedTuple):
@@ -44,6 +45,30 @@ class Call(NamedTuple):
     buffers: Sequence[Buffer] = ()
     deadline_s: float | None = None
     stream: bool = False
+
+
+class Held(NamedTuple):
+    """A call without its arguments: the process `peer` at `address`, of the receiver's host, has them as `payload`."""
+
+    call: Call
+    peer: str
+    address: str
+    payload: bytes
+
+
+class Missing(NamedTuple):
+    """Of a callee: it cannot get the arguments of call `id`, which was a `Held`, and has not begun it. Of a caller: nobody
+    has them, say so."""
+
+    id: int
+
+
+class Whole(NamedTuple):
+    """The arguments of call `id`, which was a `Held`."""
+
+    id: int
+    body: Buffer
+    buffers: Sequence[Buffer] = ()
 
 
 class Cast(NamedTuple):
@@ -137,6 +162,9 @@ class Resumed(NamedTuple):
 
 Message = (
     Call
+    | Held
+    | Missing
+    | Whole
     | Cast
     | Result
     | Error
@@ -173,6 +201,22 @@ def encode_call(
     if len(body) <= INLINE_BODY:
         return _new(Record, (_pack((kind, id, method, deadline_s, body)), buffers))
     return Record(_pack((kind, id, method, deadline_s, None)), (body, *buffers))
+
+
+def encode_held(
+    id: int, method: str, deadline_s: float | None, where: tuple[str, str, bytes]
+) -> Record:
+    """See `Held`. Raises `MisuseError` for a method name that no peer would accept."""
+    _check_name(method)
+    return Record(_pack((_HELD, id, method, deadline_s, *where)))
+
+
+def encode_missing(id: int) -> Record:
+    return Record(_pack((_MISSING, id)))
+
+
+def encode_whole(id: int, body: Buffer, buffers: Sequence[Buffer] = ()) -> Record:
+    return _record((_WHOLE, id), body, buffers)
 
 
 def encode_cast(cast: Cast) -> Record:
@@ -309,6 +353,25 @@ def _read_stream(fields: list[Any], buffers: Sequence[Buffer]) -> Call | None:
     return None if call is None else call._replace(stream=True)
 
 
+def _read_held(fields: list[Any], buffers: Sequence[Buffer]) -> Held | None:
+    if len(fields) != 7 or buffers or type(fields[6]) is not bytes:
+        return None
+    call = _read_call([*fields[:4], b""], ())
+    if call is None or not (_is_name(fields[4]) and _is_name(fields[5])):
+        return None
+    return Held(call, *fields[4:])
+
+
+def _read_missing(fields: list[Any], buffers: Sequence[Buffer]) -> Missing | None:
+    same = _read_cancel(fields, buffers)
+    return None if same is None else Missing(same.id)
+
+
+def _read_whole(fields: list[Any], buffers: Sequence[Buffer]) -> Whole | None:
+    same = _read_result(fields, buffers)
+    return None if same is None else Whole(*same)
+
+
 def _is_deadline(field: object) -> bool:
     # Written so that NaN fails, too.
     return (type(field) is float or type(field) is int) and 0 <= field <= _MAX_DEADLINE_S
@@ -417,4 +480,7 @@ _READERS = {
     _CREDIT: _read_credit,
     _RESUME: _read_resume,
     _RESUMED: _read_resumed,
+    _HELD: _read_held,
+    _MISSING: _read_missing,
+    _WHOLE: _read_whole,
 }

@@ -33,6 +33,7 @@ def start(launch: Callable[..., Job]) -> Start:
             "RUNTIME_COORDINATOR_HEARTBEAT_INTERVAL_MS": "200",
             "RUNTIME_COORDINATOR_HEARTBEAT_TIMEOUT_MS": str(int(TIMEOUT_S * 1000)),
         }
+        env |= settings.pop("env", {})  # type: ignore[arg-type,operator]
         more = {"program": "tests.integration.support.several", "env": env, **settings}
         return launch("--nnodes", "3", "--role", "trainer", *options, **more)
 
@@ -85,6 +86,68 @@ def test_processes_of_all_hosts_reach_each_other(write: Write, start: Start) -> 
     )
     assert job.wait() == 0
     assert job.out.count("['h1', 'h1', 'h2', 'h2', 'h3']") == 5
+    job.assert_nothing_left()
+
+
+BROADCAST = """
+import json, pathlib, numpy, runtime
+from runtime.peer import context
+
+me = runtime.current_worker().actor_info
+kept = {}
+
+
+def mapped(array):
+    at = array.ctypes.data
+    for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(word, 16) for word in line.split()[0].split("-"))
+        if start <= at < end:
+            return "memfd" in line
+
+
+def load_weights(weights, version=None):
+    kept.update(weights)
+    return [version, int(weights["a"][-1]), len(weights), mapped(weights["a"])]
+
+
+def scribble():
+    kept["a"][:] = me.rank
+    return me.rank
+
+
+runtime.export_rpc_method("load_weights", load_weights)
+runtime.export_rpc_method("scribble", scribble)
+runtime.export_rpc_method("sums", lambda: int(kept["a"].sum()))
+runtime.barrier("exported", timeout=20)
+if me.rank == 0:
+    transport = context.current().endpoint._transport
+    weights = {name: numpy.full(4 << 20, n + 5, dtype=numpy.uint8) for n, name in enumerate("abcd")}
+    before = transport._sockets.statistics().bytes_out
+    group = runtime.RoleGroup("trainer")
+    told = group.broadcast(weights, version=3).result(20)
+    sent = (transport._sockets.statistics().bytes_out - before) / (16 << 20)
+    group[1:4].call("scribble").result(20)
+    found = [told, sent, group.call("sums").result(20), int(weights["a"].sum())]
+    pathlib.Path("found.json").write_text(json.dumps(found))
+runtime.barrier("asked", timeout=20)
+"""
+
+
+@pytest.mark.parametrize(("arena", "copies"), [("512MiB", 1), ("0", 3)])
+def test_weights_travel_once_to_a_host_and_are_each_member_s_own(
+    write: Write, start: Start, arena: str, copies: int
+) -> None:
+    hosts = {"PRETENDED_HOSTS": "h1:2,h2:3"}
+    job = start("--nnodes", "2", "--arena", arena, write("send.py", BROADCAST), env=hosts)
+    assert job.wait() == 0, job.err
+    told, sent, sums, own = json.loads((job.cwd / "found.json").read_text())
+    assert [one[:3] for one in told] == [[3, 5, 4]] * 5
+    assert copies <= sent < copies + 0.1
+    # The one that the bytes came to keeps them as they came; the others see the arena's.
+    assert [one[3] for one in told[2:]] == [False, arena != "0", arena != "0"]
+    size = 4 << 20
+    assert own == 5 * size
+    assert sums == [5 * size, size, 2 * size, 3 * size, 5 * size], "nobody sees what others write"
     job.assert_nothing_left()
 
 

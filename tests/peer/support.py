@@ -13,6 +13,7 @@ from runtime.peer import context
 from runtime.peer.context import PeerAddress
 from runtime.peer.endpoint import Endpoint
 from runtime.peer.threads import PlainRunner
+from runtime.transport.base import Buffer
 from runtime.transport.memory import MemoryNetwork, NetworkSettings
 
 
@@ -21,6 +22,7 @@ class Directory:
 
     def __init__(self, planned: Mapping[str, int]) -> None:
         self.planned = planned
+        self.hosts: dict[str, str] = {}
         self.running: dict[str, PeerAddress] = {}
         self.causes: dict[str, str] = {}
         self.gone: dict[str, str] = {}
@@ -30,9 +32,13 @@ class Directory:
 
     def roles(self) -> Mapping[str, list[ActorInfo]]:
         return {
-            role: [ActorInfo(f"{role}-{rank}", role, rank) for rank in range(size)]
+            role: [self._info(role, rank) for rank in range(size)]
             for role, size in self.planned.items()
         }
+
+    def _info(self, role: str, rank: int) -> ActorInfo:
+        name = f"{role}-{rank}"
+        return ActorInfo(name, role, rank, host=self.hosts.get(name, "localhost"))
 
     def started(self, endpoint: Endpoint) -> None:
         name = endpoint.peer.rpartition(".")[0]
@@ -108,6 +114,8 @@ class World:
     def __init__(self, planned: Mapping[str, int], settings: NetworkSettings | None = None) -> None:
         self.network = MemoryNetwork(settings=settings)
         self.directory = Directory(planned)
+        self.stage: Callable[..., Buffer] | None = None
+        """What transports do instead of their own, see `base.Transport`."""
         self._open: list[Endpoint] = []
         self._starts = 0
 
@@ -123,8 +131,11 @@ class World:
         """A process of the actor `name` that exposes `handlers`."""
         self._starts += 1
         role, _, rank = name.rpartition("-")
+        transport = self.network.transport(f"{name}.{self._starts:08x}")
+        if self.stage is not None:
+            transport.stage = self.stage  # type: ignore[assignment,method-assign]
         endpoint = Endpoint(
-            self.network.transport(f"{name}.{self._starts:08x}"),
+            transport,
             directory=self.directory,
             role=role,
             rank=int(rank),

@@ -22,12 +22,15 @@ from runtime.wire.messages import (
     Credit,
     Error,
     Goodbye,
+    Held,
     Item,
+    Missing,
     More,
     Probe,
     Result,
     Resume,
     Resumed,
+    Whole,
 )
 
 ids = st.integers(0, 2**63 - 1)
@@ -100,6 +103,11 @@ def test_the_short_messages_come_out_as_they_went_in() -> None:
         "a-0", ("b-1", "c"), 3, 4
     )
     assert decode(messages.encode_goodbye("Gute Nacht")) == Goodbye("Gute Nacht")
+    where = "a-0.1", "tcp://h:1", b"id"
+    held = decode(messages.encode_held(9, "load", 2.5, where))
+    assert held == Held(Call(9, "load", b"", (), 2.5), *where)
+    assert decode(messages.encode_missing(9)) == Missing(9)
+    assert _same(decode(messages.encode_whole(9, b"body", (b"x",))), Whole(9, b"body", (b"x",)))
 
 
 def test_a_long_body_is_a_buffer_and_the_header_stays_short() -> None:
@@ -183,7 +191,12 @@ _GOOD = [1, 5, "m", None, b""]
         *([kind, *rest] for kind in (12, 13, 14) for rest in (
             [1], [b""], [-1, b""], [1, b"123"], [1, [1]], [1, None], [1, b"", 1], ["1", b""],
         )),
-        [15, 1],
+        [15, 1, "m", None, "a", "mem://a", "id"],
+        [15, 1, "m", None, "", "mem://a", b"id"],
+        [15, 1, "m", -1, "a", "mem://a", b"id"],
+        [16, -1],
+        [17, 1],
+        [18, 1],
     ],
 )  # fmt: skip
 def test_wrong_fields_are_refused(fields: list[object]) -> None:
@@ -202,6 +215,8 @@ def test_messages_without_body_have_no_buffers() -> None:
         messages.encode_credit(1, [1]),
         messages.encode_resume(1, [1]),
         messages.encode_resumed(1, [1]),
+        messages.encode_missing(1),
+        messages.encode_held(1, "m", None, ("a", "mem://a", b"id")),
     ):
         with pytest.raises(WireError):
             messages.decode(Record(record.header, [b"x"]))

@@ -36,7 +36,7 @@ async def _run(options: LaunchOptions, plan: Plan) -> int:
     # Whoever connects from this machine comes from 127.0.0.1, wherever it goes.
     chosen = Chosen(addresses, dict.fromkeys(addresses, "lo"), ("127.0.0.1", *addresses.values()))
     common = launch._assignment(options, plan, read_config(options.config_file))
-    common = replace(common, arena=0)
+    common = replace(common, arena=common.arena or 0)
     return await launch._run(links, launch._assignments(common, links, chosen), False)
 
 

@@ -23,15 +23,18 @@ T = TypeVar("T")
 
 
 class _Doorkeeper(selectors.DefaultSelector):
-    """Leaves a door open while the loop sleeps; otherwise the loop holds it, or `waits` for it."""
+    """Leaves a door open while the loop sleeps; otherwise the loop holds it, or `waits` for it.
+
+    The door is an RLock for one thing: it knows who holds it. A handler of a signal may raise between any two
+    steps, also while a lock is being taken, and a door that somebody else holds must not be opened then.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.door = threading.Lock()
+        self.thread = threading.get_ident()
+        self.door = threading.RLock()
         self.door.acquire()
         self.waits = False
-        self.visitor = 0
-        """The thread that is inside."""
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is not None and timeout <= 0:
@@ -50,20 +53,34 @@ class _Doorkeeper(selectors.DefaultSelector):
         self.waits = True
         self.door.release()
 
+    def inside(self) -> bool:
+        """Is the calling thread a visitor?"""
+        return self.door._is_owned() and threading.get_ident() != self.thread  # type: ignore[attr-defined]
+
     def visit(self, work: Callable[..., bool], *args: Any) -> bool:
         """See `Mailbox.visit`."""
-        if self.waits or self.door.locked():
+        if self.waits or self.inside():
             return False
-        with self.door:  # so that an interrupt cannot leave it locked
-            self.visitor = threading.get_ident()
+        try:
+            return self.door.acquire(blocking=False) and work(*args)
+        finally:
+            if self.inside():
+                self.door.release()
+
+    def come_back(self) -> None:
+        """Take the door again, whatever handlers of signals raise meanwhile: that is raised afterwards."""
+        raised: BaseException | None = None
+        while not self.inside():
             try:
-                return work(*args)
-            finally:
-                self.visitor = 0
+                self.door.acquire()
+            except BaseException as error:  # noqa: BLE001 - raised below
+                raised = error
+        if raised is not None:
+            raise raised
 
 
 class VisitedLoop(asyncio.SelectorEventLoop):
-    """A loop whose state other threads may use while it sleeps; see `Mailbox.visit`."""
+    """A loop whose state other threads may use while it sleeps; see `Mailbox.visit`. Made on the thread that runs it."""
 
     def __init__(self) -> None:
         self.keeper = _Doorkeeper()
@@ -72,18 +89,20 @@ class VisitedLoop(asyncio.SelectorEventLoop):
     def outside(self, wait: Callable[..., T], *args: Any) -> T:
         """`wait(*args)`, during which the loop goes on though this thread may be visiting it: the handlers of
         signals run anywhere."""
-        keeper, own = self.keeper, threading.get_ident()
-        if keeper.visitor != own:
+        keeper = self.keeper
+        if not keeper.inside():
             return wait(*args)
-        keeper.visitor = 0
-        keeper.door.release()
         try:
+            keeper.door.release()
             return wait(*args)
         finally:
-            keeper.door.acquire()
-            keeper.visitor = own
-            with contextlib.suppress(RuntimeError):  # it is closed by now
-                self.call_soon_threadsafe(_nothing)  # it sees to what the rest of the visit leaves
+            try:
+                keeper.come_back()
+            finally:
+                with contextlib.suppress(RuntimeError):  # it is closed by now
+                    self.call_soon_threadsafe(
+                        _nothing
+                    )  # it sees to what the rest of the visit leaves
 
 
 def _nothing() -> None: ...

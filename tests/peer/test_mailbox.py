@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -118,21 +119,27 @@ async def test_records_to_oneself_go_round_by_the_loop_and_are_copied() -> None:
     assert len(seen) == 3
 
 
-@pytest.fixture
-def visited() -> Iterator[Mailbox]:
-    """Of a loop that runs on a thread of its own."""
-    loop = VisitedLoop()
+def _looping() -> tuple[Mailbox, threading.Thread]:
+    """The mailbox of a loop that runs on a thread of its own, and that thread."""
     ready: concurrent.futures.Future[Mailbox] = concurrent.futures.Future()
 
     def run() -> None:
+        loop = VisitedLoop()
         loop.call_soon(lambda: ready.set_result(Mailbox(loop)))
         loop.run_forever()
         loop.close()
 
     thread = threading.Thread(target=run)
     thread.start()
-    yield ready.result()
-    loop.call_soon_threadsafe(loop.stop)
+    return ready.result(), thread
+
+
+@pytest.fixture
+def visited() -> Iterator[Mailbox]:
+    """Of a loop that runs on a thread of its own."""
+    mailbox, thread = _looping()
+    yield mailbox
+    mailbox.loop.call_soon_threadsafe(mailbox.loop.stop)
     thread.join()
 
 
@@ -191,18 +198,46 @@ def test_a_wait_within_a_visit_lets_the_loop_go_on(visited: Mailbox) -> None:
     _come_in(visited, lambda: True)  # and the next one finds all as it was
 
 
+def test_who_comes_back_is_inside_though_handlers_of_signals_raise_meanwhile(
+    visited: Mailbox,
+) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    kept: list[bool] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        go_on.set()
+        raise KeyError(number)
+
+    def other() -> None:
+        def stay() -> bool:
+            inside.set()
+            return go_on.wait(5.0)  # the door is ours until the main thread was interrupted at it
+
+        _come_in(visited, stay)
+
+    def work() -> bool:
+        thread = threading.Thread(target=other)
+        try:
+            visited.outside(lambda: (thread.start(), inside.wait(5.0), timer.start()))
+        except KeyError:
+            kept.append(visited.loop.keeper.inside())  # type: ignore[attr-defined]
+        thread.join()
+        return True
+
+    timer = threading.Timer(0.05, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        _come_in(visited, work)
+        timer.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert kept == [True]
+    _come_in(visited, lambda: True)
+
+
 def test_who_waits_within_a_visit_gets_on_when_the_loop_ends_meanwhile() -> None:
-    loop = VisitedLoop()
-    ready: concurrent.futures.Future[Mailbox] = concurrent.futures.Future()
-
-    def run() -> None:
-        loop.call_soon(lambda: ready.set_result(Mailbox(loop)))
-        loop.run_forever()
-        loop.close()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    mailbox = ready.result()
+    mailbox, thread = _looping()
+    loop = mailbox.loop
 
     def work() -> bool:
         loop.call_soon_threadsafe(loop.stop)

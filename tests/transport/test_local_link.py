@@ -64,7 +64,6 @@ class Outside:
     """Two transports on a loop that other threads visit."""
 
     def __init__(self, directory: Path) -> None:
-        self.loop = VisitedLoop()
         self.visits = 0
         self.seen: list[bytes] = []
         self._ready: Future[tuple[Mailbox, LocalLink]] = Future()
@@ -74,6 +73,7 @@ class Outside:
         self.mailbox, self.link = self._ready.result(10)
 
     def _run(self) -> None:
+        self.loop = VisitedLoop()  # belongs to the thread that makes it
         self.loop.run_until_complete(self._live())
         self.loop.close()
 

@@ -56,7 +56,7 @@ def run_program(
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("compression", ["none", "gzip"])
+@pytest.mark.parametrize("compression", ["none", pytest.param("gzip", marks=pytest.mark.long)])
 def test_of_hundreds_of_kills_none_leaves_a_torn_checkpoint_or_loses_a_durable_one(
     tmp_path: Path, compression: str
 ) -> None:

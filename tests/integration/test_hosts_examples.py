@@ -15,7 +15,7 @@ from tests.integration.support.job import ROOT
     ("name", "words"),
     [
         ("sft", ("step 40/40", "held-out loss", "weights ")),
-        pytest.param("grpo", ("step 60/60", "61,440 samples used"), marks=pytest.mark.slow),
+        pytest.param("grpo", ("step 60/60", "61,440 samples used"), marks=pytest.mark.long),
     ],
 )
 def test_an_example_runs_over_hosts_as_on_one(

@@ -117,7 +117,7 @@ print(how, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], bool(a.isfini
     assert said(job) == {"forked 2 2 True"}, job.describe()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torch_compile_works_in_a_forked_worker(write: Write, launch: Launch) -> None:
     script = write(
         "train.py",

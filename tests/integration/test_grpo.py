@@ -152,6 +152,7 @@ def test_after_killed_rollouts_and_then_a_killed_reward_all_go_on_with_the_new_o
     job.assert_nothing_left()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_after_a_killed_trainer_the_gang_goes_on_from_the_last_checkpoint(
     tmp_path: Path, launch: Launch

@@ -142,7 +142,7 @@ def test_the_example_runs_from_its_own_command_and_writes_all_its_results(tmp_pa
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("actor", ["trainer.0", "trainer.1"])
+@pytest.mark.parametrize("actor", ["trainer.0", pytest.param("trainer.1", marks=pytest.mark.long)])
 def test_a_killed_trainer_costs_no_bit(
     tmp_path: Path, launch: Launch, undisturbed: str, actor: str
 ) -> None:
@@ -168,7 +168,9 @@ def test_a_killed_evaluator_is_asked_again_and_costs_no_bit(
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("victim", "seed"), [("agent", 3), ("launcher", 4)])
+@pytest.mark.parametrize(
+    ("victim", "seed"), [("agent", 3), pytest.param("launcher", 4, marks=pytest.mark.long)]
+)
 def test_a_killed_job_goes_on_from_the_newest_checkpoint_with_the_same_bits(
     tmp_path: Path, launch: Launch, undisturbed: str, victim: str, seed: int
 ) -> None:

@@ -51,9 +51,7 @@ from runtime.machine import Message
 from runtime.observe.logs import configure_logging
 from runtime.peer.context import PeerAddress
 from runtime.peer.endpoint import Endpoint
-from runtime.transport.address import Address
-from runtime.transport.link import SocketSettings
-from runtime.transport.security import Security
+from runtime.transport.link import reached_by
 from runtime.transport.sockets import SocketTransport
 
 logger = logging.getLogger(__name__)
@@ -187,7 +185,7 @@ class _Agent:
             async with self._supervisor(assignment, control, outputs) as supervisor:
                 conductor.take(service, supervisor)
                 self._views = Views(endpoint, assignment, supervisor, service.ask, conductor)
-                where = {"address": address.address, "log_dir": _log_folder(assignment)}
+                where = {"address": address.address, "log_dir": assignment.log_folder}
                 self._notify({"event": "listening", "peer": me, **where})
                 end = await self._carry_out(assignment, conductor, supervisor, conductor.run())
                 if "undecided" not in end:  # else some host may not be there to hear it
@@ -279,7 +277,7 @@ class _Agent:
 
     def _detach(self, assignment: Assignment) -> None:
         """From now on the end of our input is nobody's, and what we say goes to a file."""
-        path = os.path.join(_log_folder(assignment), f"agent_{assignment.node_rank}.log")
+        path = os.path.join(assignment.log_folder, f"agent_{assignment.node_rank}.log")
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
@@ -363,22 +361,17 @@ class _Agent:
         return left
 
 
-def _log_folder(assignment: Assignment) -> str:
-    return os.path.join(assignment.log_dir, assignment.plan.job_id)
-
-
 def _endpoint(assignment: Assignment) -> Endpoint:
     """Of this agent: in the job's folder, and where others reach this host."""
     peer = f"@agent-{assignment.node_rank}.{secrets.token_hex(4)}"  # no role can be called "@agent"
-    address, settings = f"ipc://{assignment.job_dir}/agent", None
-    if assignment.address:
-        address += f" {Address('tcp', assignment.address)}"
-        settings = SocketSettings(
-            security=Security(*assignment.security) if assignment.security else None,
-            accept_from=assignment.accept_from,
-            ports=assignment.port_range,
-        )
-    transport = SocketTransport(peer, address, settings)
+    where = reached_by(
+        f"ipc://{assignment.job_dir}/agent",
+        assignment.address,
+        assignment.security,
+        assignment.accept_from,
+        assignment.port_range,
+    )
+    transport = SocketTransport(peer, *where)
     return Endpoint(transport, role="@agent", rank=assignment.node_rank)
 
 

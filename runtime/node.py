@@ -20,7 +20,6 @@ from runtime.peer import context
 from runtime.peer.context import PeerAddress
 from runtime.peer.endpoint import Endpoint
 from runtime.peer.threads import PlainRunner
-from runtime.transport.address import Address
 from runtime.transport.base import Transport
 
 if TYPE_CHECKING:
@@ -88,22 +87,16 @@ class Node(Service):
         """The node of the worker that `spec` describes, not started."""
         from runtime.transport.arena import Arena
         from runtime.transport.host import HostTransport  # the first import of zmq
-        from runtime.transport.link import SocketSettings
-        from runtime.transport.security import Security
+        from runtime.transport.link import reached_by
 
         agent_host = spec.agent_host or spec.info.host
         control = PeerAddress(spec.agent_peer, spec.agent_address, "@agent", 0, agent_host)
         identity = Identity(spec.info, spec.incarnation, control, spec.actors)
         local = spec.transport == "auto"
         arena = Arena.attach(spec.arena) if local else None
-        address, settings = spec.address, None
-        if spec.host_address:
-            address += f" {Address('tcp', spec.host_address)}"
-            settings = SocketSettings(
-                security=Security(*spec.security) if spec.security else None,
-                accept_from=spec.accept_from,
-                ports=spec.port_range,
-            )
+        address, settings = reached_by(
+            spec.address, spec.host_address, spec.security, spec.accept_from, spec.port_range
+        )
         transport = HostTransport(spec.peer, address, local=local, arena=arena, settings=settings)
         return cls(transport, identity, runner=runner, prepare=prepare)
 

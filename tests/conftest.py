@@ -59,6 +59,14 @@ def _runtime_dir() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """For unix sockets: their paths are short, which pytest's `tmp_path` is not."""
+    made = Path(tempfile.mkdtemp(prefix="rt-"))
+    yield made
+    shutil.rmtree(made)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _idle_loop() -> Iterator[None]:
     """A loop for plugins that ask for the current one outside of any test (looptime does), closed at the end."""

@@ -63,7 +63,7 @@ class Views:
         stopper: Stopper | None = None,
     ) -> None:
         self._host = assignment.host
-        self._folder = os.path.join(assignment.log_dir, assignment.plan.job_id)
+        self._folder = assignment.log_folder
         launches = assignment.plan.launches
         self._ranks = frozenset((w.role, w.rank) for w in launches if w.host == assignment.host)
         self._supervisor, self._ask, self._stopper = supervisor, ask, stopper

@@ -60,6 +60,11 @@ class Assignment:
     embedded: Embedded | None = None
     drain_timeout_s: float = 60.0
 
+    @property
+    def log_folder(self) -> str:
+        """The job's own."""
+        return os.path.join(self.log_dir, self.plan.job_id)
+
 
 def choose_job_dir(token: str, env: Mapping[str, str]) -> str:
     """Where a job's sockets are to be: short, since the path of a unix socket has at most 107 bytes.

@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import logging
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ def unwrap(body: bytes) -> tuple[int, Frame]:
         raise WireError("a RELAY frame that holds no frame", str(error)) from None
 
 
-class _Split(aio.Service):
+class _Split(aio.Service, ABC):
     """A channel that is shared: our own frames come out of `receive`, relayed ones go their way."""
 
     def __init__(self, name: str, channel: Frames) -> None:
@@ -96,16 +97,16 @@ class _Split(aio.Service):
         elif frame.kind not in (Kind.COMMAND, Kind.EVENT) or not self._told(frame.message()):
             await self._own.put(frame)
 
-    async def _relayed(self, number: int, frame: Frame) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _relayed(self, number: int, frame: Frame) -> None: ...
 
+    @abstractmethod
     def _told(self, message: Mapping[str, Any]) -> bool:
         """Whether this message was about relayed links."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def _over(self) -> None:
         """The channel has ended: so have all links."""
-        raise NotImplementedError
 
     # -- our own frames -----------------------------------------------------------------------
 

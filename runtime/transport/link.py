@@ -57,6 +57,22 @@ class SocketSettings:
     """Allow tcp:// without keys. For measurements."""
 
 
+def reached_by(
+    ipc: str,
+    host: str,
+    keys: tuple[bytes, bytes, frozenset[bytes]] | None,
+    accept_from: tuple[str, ...],
+    ports: tuple[int, int] | None,
+) -> tuple[str, SocketSettings | None]:
+    """Where a process of a job is to listen, and its settings: at `ipc`, and by TCP at the IP address `host` where there
+    is one. `keys`: a `Security`, as plain data."""
+    if not host:
+        return ipc, None
+    security = Security(*keys) if keys else None
+    settings = SocketSettings(security=security, accept_from=accept_from, ports=ports)
+    return f"{ipc} {Address('tcp', host)}", settings
+
+
 class Tracker(Protocol):
     """Of a large buffer that was handed to ZeroMQ."""
 

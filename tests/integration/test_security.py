@@ -12,12 +12,10 @@ import ipaddress
 import json
 import os
 import random
-import shutil
 import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -42,13 +40,6 @@ from tests.integration.support.strangers import GREETING, HANDSHAKE_S, HOST, Hea
 KEYS = mint()
 SSH = {"0.0.0.0"}
 SETTINGS = SocketSettings(connect_s=2.0, security=KEYS)
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    made = Path(tempfile.mkdtemp(prefix="rt-"))
-    yield made
-    shutil.rmtree(made)
 
 
 @pytest.fixture

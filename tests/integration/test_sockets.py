@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -42,13 +40,6 @@ async def main(peer, address, other, other_address):
     await asyncio.sleep(60)
 asyncio.run(main(*sys.argv[1:]))
 """
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    made = Path(tempfile.mkdtemp(prefix="rt-"))
-    yield made
-    shutil.rmtree(made)
 
 
 @pytest.fixture

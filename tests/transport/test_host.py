@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,14 +32,6 @@ class HostNetwork:
     def transport(self, peer: str) -> HostTransport:
         address = f"ipc://{self.directory}/{peer}"
         return HostTransport(peer, address, local=self.local, arena=None, settings=SETTINGS)
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    # Not pytest's tmp_path: a unix socket's path must be short.
-    made = Path(tempfile.mkdtemp(prefix="rt-"))
-    yield made
-    shutil.rmtree(made)
 
 
 class TestContract(TransportContract):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import shutil
 import socket
 import stat
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -60,14 +58,6 @@ class LocalNetwork:
             arena.close()
         if self.keeper is not None:
             self.keeper.close()
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    # Not pytest's tmp_path: a unix socket's path must be short.
-    made = Path(tempfile.mkdtemp(prefix="rt-"))
-    yield made
-    shutil.rmtree(made)
 
 
 @pytest.fixture

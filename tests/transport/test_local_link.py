@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -20,13 +17,6 @@ from runtime.transport.base import Record
 from runtime.transport.local_link import LocalLink
 from tests.contracts.transport_contract import Peers
 from tests.transport.test_local import MIB, LocalNetwork, connected
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    made = Path(tempfile.mkdtemp(prefix="rt-"))  # the path of a unix socket is short
-    yield made
-    shutil.rmtree(made)
 
 
 async def test_a_link_is_visited_only_where_what_is_sent_leaves_at_once(

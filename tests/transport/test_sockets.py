@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import stat
-import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,14 +45,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    # Not pytest's tmp_path: a unix socket's path must be short.
-    made = Path(tempfile.mkdtemp(prefix="rt-"))
-    yield made
-    shutil.rmtree(made)
 
 
 class TestContract(TransportContract):

@@ -186,20 +186,24 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
 
 
-def run_job(roles: str, *, limit_s: float = 90, options: Sequence[str] = ()) -> Any:
-    """One turn of a launched job (see `role`): the figures that one of its workers wrote."""
-    with workplace() as cwd, job_tree(roles, cwd, options) as job:
+def run_job(
+    roles: str, *, limit_s: float = 90, options: Sequence[str] = (), hosts: str = ""
+) -> Any:
+    """One turn of a launched job (see `role`): the figures that one of its workers wrote. `hosts`: see `job_tree`."""
+    with workplace() as cwd, job_tree(roles, cwd, options, hosts) as job:
         finish(job, cwd, limit_s)
         return read_figures(cwd)
 
 
 def job_tree(
-    roles: str, cwd: Path, options: Sequence[str] = ()
+    roles: str, cwd: Path, options: Sequence[str] = (), hosts: str = ""
 ) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
-    """The launcher's process of a job of `roles`, with all below it."""
+    """The launcher's process of a job of `roles`, with all below it. `hosts`, as "name:slots,…": as many agents of this
+    machine pose as hosts; what they and their workers say to each other goes by TCP and is encrypted."""
     (cwd / "job.toml").write_text(roles)
-    argv = [sys.executable, "-m", "runtime.launch", "--log-dir", str(cwd / "logs"), *options]
-    return tree([*argv, "--job", "job.toml"], cwd=cwd)
+    program = "tests.integration.support.several" if hosts else "runtime.launch"
+    argv = [sys.executable, "-m", program, "--log-dir", str(cwd / "logs"), *options]
+    return tree([*argv, "--job", "job.toml"], cwd=cwd, env=environment(PRETENDED_HOSTS=hosts))
 
 
 def role(name: str, entry: str, *, total: int = 1, driver: bool = False) -> str:

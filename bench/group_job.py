@@ -1,8 +1,10 @@
-"""The program of the job that `bench.group` launches for its broadcast: `python -m bench.group_job` is the
-sender of weights, `Learner` one of those that get them.
+"""The program of the job that `bench.group` launches for its broadcasts: `python -m bench.group_job [WAY]` is the
+sender of weights, `Learner` one of those that get them. WAY says that these are on another host: `held` sends the bytes
+there once, as any job does, `direct` to each.
 
 A copy is what is written anew: memory that the file which the processes of a host share has more than
-before, while all of them keep what they got, and arrays that are not in that file: they came by a socket.
+before, while all of them keep what they got, and arrays that are not in that file: they came by a socket. Of another
+host it is what leaves by TCP.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from bench import timing
 from bench.raw_bulk import WARM
 from bench.timing import COPIES, MIB
 from runtime import Node, RoleGroup, rpc
+from runtime.peer import context, holding
 
 _PIECES = 16
 _PIECE = 4 * MIB
@@ -43,22 +47,32 @@ class Learner:
         return sum(int(array[-1]) for array in self._weights.values()), apart * _PIECE
 
 
-async def main() -> dict[str, float]:
+async def main(way: str) -> dict[str, float]:
+    if way == "direct":
+        holding.HELD_BYTES = sys.maxsize
     async with Node.from_env():
         group = RoleGroup("server")
         await group.wait_ready_async(30)
         weights = {str(n): numpy.full(_PIECE, n, dtype=numpy.uint8) for n in range(_PIECES)}
-        before = shared_bytes()
+        before = left_bytes() if way else shared_bytes()
         await group.broadcast(weights)
+        written = left_bytes() - before if way else shared_bytes() - before
         loaded = await group.call("loaded")
         assert {total for total, _ in loaded} == {sum(range(_PIECES))}
-        written = shared_bytes() - before + sum(apart for _, apart in loaded)
+        if not way:
+            written += sum(apart for _, apart in loaded)
         seconds = []
         for _ in range(timing.scaled(10, 2)):
             began = time.perf_counter()
             await group.broadcast(weights)
             seconds.append(time.perf_counter() - began)
         return {WARM: timing.rate(_SIZE, seconds), COPIES: written / _SIZE}
+
+
+def left_bytes() -> int:
+    """What has left this process by TCP."""
+    transport: Any = context.current().endpoint._transport
+    return int(transport._sockets.statistics().bytes_out)
 
 
 def shared_ranges() -> list[range]:
@@ -83,4 +97,4 @@ def shared_bytes() -> int:
 
 
 if __name__ == "__main__":
-    timing.write_figures(asyncio.run(main()))
+    timing.write_figures(asyncio.run(main("".join(sys.argv[1:]))))

@@ -8,13 +8,16 @@ are here, what the same caller sent after it waits, too (`Waiting`). Whatever ke
 MISSING before the handler has run, and the caller answers with the bytes (WHOLE).
 
 The call of HOLD is the lease: it lasts until each member has taken the payload, or its caller gives it up, as it does
-when nobody waits for the calls any more; a caller that dies gives up all it has.
+when nobody waits for the calls any more, or when nothing has moved for a while (`PATIENCE_S`): a holder may be frozen, or
+busy with what was sent to it before. A caller that dies gives up all it has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
 import secrets
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -37,8 +40,14 @@ from runtime.wire.values import APART_BYTES
 if TYPE_CHECKING:
     from runtime.peer.endpoint import Endpoint
 
+logger = logging.getLogger(__name__)
+
 HELD_BYTES = 1024**2
 """Smaller payloads go to each member directly."""
+PATIENCE_S = 5.0
+"""Without any progress for so long (a second more for each `_BYTES_A_SECOND`, at most a quarter of the calls' time),
+who still waits for a holder gets the bytes directly."""
+_BYTES_A_SECOND = 256 * 1024**2
 _OVER_KEPT = 1024
 
 _HOLD = RESERVED + "hold"
@@ -50,7 +59,8 @@ _Parcel = tuple[Buffer, Sequence[Buffer]]
 
 
 class Held(Encoded):
-    """The arguments of one call, as a reference. Its body is empty, as that of no others is."""
+    """The arguments of one call, as a reference. Its body is empty, as that of no others is; its buffers only count in
+    the callee's window, as if they came with it."""
 
     shipment: Shipment
 
@@ -73,11 +83,18 @@ class Shipment:
         self.whole = whole
         self.id = secrets.token_bytes(16)
         self.hold: Outgoing | None = None
-        self.parcel = Held(b"", [])
-        self.parcel.shipment = self
         self._endpoint = endpoint
         self._members = members
         self._options = options._replace(retry=0)
+        self._timer: asyncio.TimerHandle | None = None
+        patience_s = PATIENCE_S + sum(map(nbytes, whole.buffers)) / _BYTES_A_SECOND
+        self._patience_s = min(patience_s, (options.timeout or math.inf) / 4)
+
+    def parcel(self) -> Held:
+        """What a member is called with. We do not keep it: a circle would keep the bytes."""
+        made = Held(b"", self.whole.buffers)
+        made.shipment = self
+        return made
 
     def start(self) -> None:
         """On the loop, before the calls: send the payload."""
@@ -88,6 +105,19 @@ class Shipment:
         holder = next((name for name in self._members if caller.found(name)), self._members[0])
         with contextlib.suppress(RuntimeFault):  # the calls themselves fail of it, too
             self.hold = caller.call(holder, _HOLD, request, self, self._options)
+            self._watch(self.hold, math.inf)
+
+    def _watch(self, hold: Outgoing, before: float) -> None:
+        """Look again and again whether fewer bytes than `before` are still to leave for the holder. Nobody waits for
+        one that has not been found."""
+        left = hold.channel.queued_bytes() if hold.channel is not None else math.inf
+        if left < before or left == math.inf:
+            loop = self._endpoint.mailbox.loop
+            self._timer = loop.call_later(self._patience_s, self._watch, hold, left)
+        else:
+            logger.info("%s does not pass on a broadcast: it goes to each directly", hold.target)
+            self._over()
+            self._ask_us()
 
     def over(self, future: Future[Any]) -> None:
         """Nobody waits for the calls any more."""
@@ -97,16 +127,26 @@ class Shipment:
     def _over(self) -> None:
         if self.hold is not None:
             self._endpoint.caller.abandon(self.hold)
+            self._forget()
 
     def answered(self, call: Outgoing, value: Any) -> None:
         """Every member has taken it. A call that is made again, elsewhere, has the bytes with it."""
-        self.hold = None
+        self._forget()
 
     def failed(self, call: Outgoing, error: Exception) -> None:
-        """Nobody holds it (any more): whoever waits for it is told to ask us."""
+        """Nobody holds it (any more)."""
+        self._forget()
+        self._ask_us()
+
+    def _forget(self) -> None:
         self.hold = None
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _ask_us(self) -> None:
+        """Whoever waits for it is told to ask us."""
         for made in self._endpoint.caller.table.all():
-            if made.parcel is self.parcel and made.link is not None:
+            if getattr(made.parcel, "shipment", None) is self and made.link is not None:
                 made.link.send(messages.encode_missing(made.id), False)
 
 
@@ -129,7 +169,7 @@ def shipments(
             names = [infos[place].name for place in some]
             found.append(Shipment(endpoint, names, parcel, options))
             for place in some:
-                parcels[place] = found[-1].parcel
+                parcels[place] = found[-1].parcel()
     return found, parcels
 
 

@@ -71,3 +71,4 @@ class ThreadRunner:
                 work()
             except BaseException:  # sys.exit() in a handler: answered; the thread goes on
                 logger.exception("%s: a handler asked the thread to end", self._name)
+            del work  # it may hold gigabytes, and the next may be long in coming

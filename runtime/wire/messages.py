@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import msgpack
@@ -303,9 +304,9 @@ def decode(record: Record) -> Message:
     reader = _READERS.get(fields[0])
     if reader is None:
         raise WireError("unknown message", str(fields[0]))
-    message: Message | None = reader(fields, buffers)
+    message = reader(fields, buffers)
     if message is None:
-        raise WireError("malformed message", f"fields of {reader.__name__[6:]}")
+        raise WireError("malformed message", f"the fields of kind {fields[0]}")
     return message
 
 
@@ -362,16 +363,6 @@ def _read_held(fields: list[Any], buffers: Sequence[Buffer]) -> Held | None:
     return Held(call, *fields[4:])
 
 
-def _read_missing(fields: list[Any], buffers: Sequence[Buffer]) -> Missing | None:
-    same = _read_cancel(fields, buffers)
-    return None if same is None else Missing(same.id)
-
-
-def _read_whole(fields: list[Any], buffers: Sequence[Buffer]) -> Whole | None:
-    same = _read_result(fields, buffers)
-    return None if same is None else Whole(*same)
-
-
 def _is_deadline(field: object) -> bool:
     # Written so that NaN fails, too.
     return (type(field) is float or type(field) is int) and 0 <= field <= _MAX_DEADLINE_S
@@ -396,15 +387,19 @@ def _read_result(fields: list[Any], buffers: Sequence[Buffer]) -> Result | None:
     return None if body is None else Result(id, *body)
 
 
-def _read_error(fields: list[Any], buffers: Sequence[Buffer]) -> Error | None:
+def _like_result(
+    kind: Callable[[int, Buffer, Sequence[Buffer]], _T],
+    fields: list[Any],
+    buffers: Sequence[Buffer],
+) -> _T | None:
     same = _read_result(fields, buffers)
-    return None if same is None else Error(*same)
+    return None if same is None else kind(*same)
 
 
-def _read_cancel(fields: list[Any], buffers: Sequence[Buffer]) -> Cancel | None:
+def _of_call(kind: Callable[[int], _T], fields: list[Any], buffers: Sequence[Buffer]) -> _T | None:
     if len(fields) != 2 or buffers or not _is_id(fields[1]):
         return None
-    return Cancel(fields[1])
+    return kind(fields[1])
 
 
 def _read_probe(fields: list[Any], buffers: Sequence[Buffer]) -> Probe | None:
@@ -417,11 +412,6 @@ def _read_probe(fields: list[Any], buffers: Sequence[Buffer]) -> Probe | None:
     return Probe(origin, path, number, subject)
 
 
-def _read_item(fields: list[Any], buffers: Sequence[Buffer]) -> Item | None:
-    same = _read_result(fields, buffers)
-    return None if same is None else Item(*same)
-
-
 def _read_more(fields: list[Any], buffers: Sequence[Buffer]) -> More | None:
     if len(fields) != 3 or buffers or not (_is_id(fields[1]) and _is_id(fields[2])):
         return None
@@ -431,18 +421,6 @@ def _read_more(fields: list[Any], buffers: Sequence[Buffer]) -> More | None:
 def _read_ack(fields: list[Any], buffers: Sequence[Buffer]) -> Ack | None:
     ids = _ids(fields[1], buffers) if len(fields) == 2 else None
     return None if ids is None else Ack(ids)
-
-
-def _read_credit(fields: list[Any], buffers: Sequence[Buffer]) -> Credit | None:
-    return _numbered(Credit, fields, buffers)
-
-
-def _read_resume(fields: list[Any], buffers: Sequence[Buffer]) -> Resume | None:
-    return _numbered(Resume, fields, buffers)
-
-
-def _read_resumed(fields: list[Any], buffers: Sequence[Buffer]) -> Resumed | None:
-    return _numbered(Resumed, fields, buffers)
 
 
 def _numbered(
@@ -465,22 +443,22 @@ def _read_goodbye(fields: list[Any], buffers: Sequence[Buffer]) -> Goodbye | Non
     return Goodbye(fields[1])
 
 
-_READERS = {
+_READERS: dict[int, Callable[[list[Any], Sequence[Buffer]], Message | None]] = {
     _CALL: _read_call,
     _CAST: _read_cast,
     _RESULT: _read_result,
-    _ERROR: _read_error,
-    _CANCEL: _read_cancel,
+    _ERROR: partial(_like_result, Error),
+    _CANCEL: partial(_of_call, Cancel),
     _PROBE: _read_probe,
     _GOODBYE: _read_goodbye,
     _STREAM: _read_stream,
-    _ITEM: _read_item,
+    _ITEM: partial(_like_result, Item),
     _MORE: _read_more,
     _ACK: _read_ack,
-    _CREDIT: _read_credit,
-    _RESUME: _read_resume,
-    _RESUMED: _read_resumed,
+    _CREDIT: partial(_numbered, Credit),
+    _RESUME: partial(_numbered, Resume),
+    _RESUMED: partial(_numbered, Resumed),
     _HELD: _read_held,
-    _MISSING: _read_missing,
-    _WHOLE: _read_whole,
+    _MISSING: partial(_of_call, Missing),
+    _WHOLE: partial(_like_result, Whole),
 }

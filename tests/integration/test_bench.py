@@ -65,6 +65,7 @@ def test_the_sides_that_we_are_compared_with_work(
         pytest.param(
             lambda: group.job("-m bench.group_job", 2, "group_job:Learner"), id="broadcast"
         ),
+        pytest.param(lambda: group.remote("held"), id="broadcast-hosts"),
         pytest.param(lambda: tensor.job(1), id="tensor"),
         pytest.param(lambda: tensor.tcp("1"), id="tensor-tcp"),
         pytest.param(lambda: queue.job("blocking"), id="queue-blocking"),

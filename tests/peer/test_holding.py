@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
-from collections.abc import AsyncIterator, Iterator
+import weakref
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from runtime.errors import CallGroupError, PeerLostError, RemoteError, Timeout
+from runtime.peer import holding
+from runtime.peer.calls import CallOptions
 from runtime.peer.endpoint import Endpoint
 from runtime.peer.group import RoleGroup
 from runtime.transport.base import Buffer
@@ -20,7 +24,12 @@ from runtime.wire.codec import Encoded
 from tests.peer.support import World, settle, until, world
 
 SIZE = 2 * 1024**2
+NAMES = [f"w-{rank}" for rank in range(7)]
 FEW_S = 5.0
+
+
+class Staged(bytearray):
+    """Memory of an arena."""
 
 
 class Hosts:
@@ -35,9 +44,14 @@ class Hosts:
         job.directory.hosts = {"me-0": "a", **{f"w-{n}": host for n, host in enumerate("abbbccd")}}
         job.stage = self._stage
         self.room = 100 * SIZE
+        self.staged: list[weakref.ref[Staged]] = []
 
     def _stage(self, buffer: Buffer, budget: str = "rpc") -> Buffer:
-        return bytearray(buffer) if memoryview(buffer).nbytes <= self.room else buffer
+        if memoryview(buffer).nbytes > self.room:
+            return buffer
+        staged = Staged(buffer)
+        self.staged.append(weakref.ref(staged))
+        return memoryview(staged)
 
     async def start(self) -> None:
         self.me = await self.job.start("me-0")
@@ -98,6 +112,26 @@ async def test_each_remote_host_is_sent_the_bytes_once(hosts: Hosts) -> None:
     await until(lambda: not hosts.holding())
 
 
+async def test_several_members_of_another_host_have_one_copy_and_nobody_else(hosts: Hosts) -> None:
+    where = hosts.job.directory.hosts = {"me-0": "a", **dict(zip(NAMES, "aabbbcc", strict=True))}
+    infos = hosts.job.directory.roles()["w"]
+    large = Encoded(b"", [bytes(SIZE)])
+
+    def copies(among: Sequence[str], payload: Encoded = large) -> list[Sequence[str]]:
+        some = [info for info in infos if info.name in among]
+        found, parcels = holding.shipments(hosts.me, some, payload, CallOptions())
+        held = {name for one in found for name in one._members}
+        assert [p is payload for p in parcels] == [info.name not in held for info in some]
+        return [one._members for one in found]
+
+    assert copies(NAMES) == [["w-2", "w-3", "w-4"], ["w-5", "w-6"]]
+    assert copies(["w-0", "w-1", "w-2", "w-5"]) == []
+    assert copies(NAMES, Encoded(b"", [bytes(holding.HELD_BYTES - 1)])) == []
+    del where["me-0"]
+    hosts.job.directory.roles = lambda: {"w": infos}  # type: ignore[method-assign]
+    assert copies(NAMES) == [], "nobody knows where we are"
+
+
 async def test_small_payloads_and_calls_go_directly(hosts: Hosts) -> None:
     calls = hosts.me.statistics().calls_out
     await RoleGroup("w").broadcast({"little": np.zeros(9000)})
@@ -136,6 +170,21 @@ async def test_members_that_have_never_been_called_get_theirs_by_reference_too()
         job.install(made.me)
         made.workers = [await made.worker(rank) for rank in range(7)]
         assert await RoleGroup("w").broadcast(weights()) == [n * 10 for n in range(7)]
+        assert made.sent() < 4.1
+
+
+async def test_members_that_start_late_get_theirs_by_reference_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(holding, "PATIENCE_S", 0.2)
+    async with world(me=1, w=7) as job:
+        made = Hosts(job)
+        made.me = await job.start("me-0")
+        job.install(made.me)
+        call = RoleGroup("w").broadcast(weights())
+        await asyncio.sleep(0.6)
+        made.workers = [await made.worker(rank) for rank in range(7)]
+        assert await call == [n * 10 for n in range(7)]
         assert made.sent() < 4.1
 
 
@@ -281,6 +330,49 @@ async def test_a_caller_that_dies_leaves_nothing_held(hosts: Hosts) -> None:
         await until(lambda: not hosts.holding() and not any(one._asks for one in waiting))
     assert hosts.loads() == [0] * 7
     call.cancel()
+
+
+async def test_who_waits_for_a_holder_that_does_nothing_gets_the_bytes_directly(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "PATIENCE_S", 0.05)
+    with slow(hosts.workers[1]):
+        call = RoleGroup("w").broadcast(weights())
+        await until(lambda: hosts.loads() == [1] * 7)
+    assert await call == [n * 10 for n in range(7)]
+    assert hosts.loads() == [1] * 7
+    await until(lambda: not hosts.holding())
+
+
+async def test_of_the_time_that_calls_have_a_holder_gets_a_part(hosts: Hosts) -> None:
+    with slow(hosts.workers[1]):
+        group = RoleGroup("w")[1:4].options(timeout=0.4)
+        assert await group.broadcast(weights()) == [10, 20, 30]
+
+
+async def test_a_holder_is_not_sent_the_next_payload_before_the_calls_of_the_last_have_begun(
+    hosts: Hosts,
+) -> None:
+    large = {"large": np.zeros(10 * SIZE // 2, dtype=np.uint8)}
+    with slow(hosts.workers[1]):
+        calls = [RoleGroup("w")[1:4].broadcast(large) for _ in range(5)]
+        await until(lambda: hosts.holding() > 0)
+        await settle()
+        assert hosts.holding() == 1
+    await asyncio.gather(*calls)
+    assert hosts.loads()[1:4] == [5] * 3
+
+
+async def test_nothing_of_a_payload_is_kept_once_all_have_answered(hosts: Hosts) -> None:
+    gc.disable()
+    try:
+        call = RoleGroup("w").broadcast(weights())
+        await call
+        hosts.got.clear()
+        assert len(hosts.staged) > 2
+        await until(lambda: not any(staged() for staged in hosts.staged))
+    finally:
+        gc.enable()
 
 
 async def test_errors_are_those_of_the_members(hosts: Hosts) -> None:

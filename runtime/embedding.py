@@ -17,9 +17,10 @@ import signal
 import socket
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from secrets import token_hex
 from typing import Any, Literal, NamedTuple
 
@@ -48,6 +49,7 @@ from runtime.worker import Guest, Worker, current_worker
 
 _TIMEOUT_S = 300.0
 _AGENT_S = 30.0
+_POLL_S = 0.05
 _OUTSIDE = (
     "runtime.init() joins a job that torchrun, srun or mpirun has started, and this process is in none: start "
     "it with `torchrun --nproc-per-node 2 script.py`, or by ourselves with `python -m runtime.launch script.py`"
@@ -73,7 +75,8 @@ class _Joined(NamedTuple):
 
 class _Slot:
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        # A signal handler may call `shutdown` in the middle of `init`.
+        self.lock = threading.RLock()
         self.joined: _Joined | None = None
         self.left = False
 
@@ -91,6 +94,9 @@ def init(
     """Make this rank of a running torchrun, srun or mpirun job a worker; all ranks must call it, in any order with
     `init_process_group`. Returns when the agents of all hosts are there. Again: the same worker. In a worker that
     `runtime.launch` has started: that one.
+
+    Blocks its thread, with the event loop if one runs there; a signal handler that raises (Ctrl-C) ends the wait. In
+    a thread that is not the main one it leaves SIGTERM alone.
 
     `timeout`: seconds to wait for the other ranks. `transport="zmq"`: no local lane, no shared memory. `arena`: bytes
     of shared memory on this host (None: a quarter of its memory; 0: none). `port_range`: (low, high) for TCP,
@@ -131,6 +137,8 @@ def _close(*, leave: bool) -> None:
             return
         _slot.left = True
         joined.guest.close(leave=leave)
+        if not leave:
+            joined.meeting.linger()
         _slot.joined = None
         agent = spawn.look_at(joined.spec.agent_pid)
         if agent is None or agent.state in "ZX":  # killed: else the folder is its business
@@ -173,7 +181,7 @@ def _own_rpc_names() -> frozenset[str]:
 
 def _join(outer: Outer, settings: _Settings, meeting: Meeting) -> WorkerSpec:
     keys = mint() if outer.local_rank == 0 else None
-    ranks = meeting.gather(_about_us(outer, keys))
+    ranks = meeting.gather(_about_us(outer, keys, meeting.way))
     nodes = _by_node(ranks)
     mine = next(index for index, node in enumerate(nodes) if outer.rank in node)
     if keys is not None:
@@ -185,10 +193,11 @@ def _join(outer: Outer, settings: _Settings, meeting: Meeting) -> WorkerSpec:
         meeting.get(f"host/{index}", f"the agent of {ranks[node[0]]['host']} was not there")
         for index, node in enumerate(nodes)
     ]
+    meeting.finish()
     return _read_spec(spec_file(folders[mine], outer.local_rank))
 
 
-def _about_us(outer: Outer, keys: Security | None) -> dict[str, Any]:
+def _about_us(outer: Outer, keys: Security | None, way: tuple[str, str]) -> dict[str, Any]:
     record: dict[str, Any] = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -198,21 +207,9 @@ def _about_us(outer: Outer, keys: Security | None) -> dict[str, Any]:
         "role_rank": outer.role_rank,
     }
     if keys is not None:
-        ours, first = _way_to(outer.place.host)
-        record |= {"key": keys.public.hex(), "address": ours, "first": first}
+        record |= {"key": keys.public.hex(), "address": way[0], "first": way[1]}
         record["addresses"] = list(own_names()[1:])
     return record
-
-
-def _way_to(host: str) -> tuple[str, str]:
-    """Our address on the way to a host, and that host's."""
-    try:
-        family, _, _, _, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(there)  # sends nothing
-            return str(probe.getsockname()[0]), str(there[0])
-    except OSError as error:
-        raise ConfigError(f"MASTER_ADDR: {host!r} cannot be reached: {error.strerror}") from None
 
 
 def _by_node(ranks: list[dict[str, Any]]) -> list[list[int]]:
@@ -315,9 +312,7 @@ def _lead(assignment: Assignment, meeting: Meeting) -> None:
     """Start the agent of this host, and say how it went."""
     place = f"host/{assignment.node_rank}"
     try:
-        # On a thread: the caller may be inside of a running loop.
-        with ThreadPoolExecutor(1, "runtime-init") as pool:
-            pool.submit(lambda: asyncio.run(_start_agent(assignment, meeting))).result()
+        _run_aside(_start_agent(assignment, meeting))
     except (OSError, RuntimeFault) as error:
         told = {"error": f"the agent of {assignment.host} was not started: {error}"}
         if assignment.node_rank == 0:
@@ -327,21 +322,43 @@ def _lead(assignment: Assignment, meeting: Meeting) -> None:
     meeting.put(place, assignment.job_dir)
 
 
+def _run_aside(work: Coroutine[Any, Any, None]) -> None:
+    """On a loop in a thread: the caller may be inside of a running one. What interrupts him cancels the work."""
+    runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+
+    def serve() -> None:
+        with runner:
+            runner.get_loop().run_forever()
+
+    loop = runner.get_loop()
+    thread = threading.Thread(target=serve, name="runtime-init")
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(work, loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)  # the runner then cancels what is left
+        thread.join()
+
+
 async def _start_agent(assignment: Assignment, meeting: Meeting) -> None:
     """Until it is ready for the ranks of this host."""
     agent = spawn.start_agent(spawn.ADOPTING_AGENT)
-    watch = Watch(agent.pid, lambda watch, exit: None)
+    ended = asyncio.Event()
+    watch = Watch(agent.pid, lambda watch, exit: ended.set())
     channel = await Channel.open(agent.read_fd, agent.write_fd)
     try:
         channel.send(Kind.JOB, pickle.dumps(assignment, protocol=5))
         if assignment.node_rank > 0:
-            otherwise = "the control plane was not there"
-            control = await asyncio.to_thread(meeting.get, "control", otherwise)
+            look = partial(meeting.look, "control", "the control plane was not there")
+            while (control := look()) is None:  # noqa: ASYNC110 - the store tells nobody
+                await asyncio.sleep(_POLL_S)
             channel.send_message(Kind.COMMAND, {"op": "control", **control})
         async with asyncio.timeout(_AGENT_S):
             await _ready(channel, meeting)
     except BaseException as error:
         watch.send_signal(signal.SIGKILL)
+        await ended.wait()
+        remove_job_dir(assignment.job_dir)
         if isinstance(error, TimeoutError):
             raise RuntimeFault(f"it was not ready within {_AGENT_S:g} s") from None
         raise
@@ -358,7 +375,7 @@ async def _ready(channel: Channel, meeting: Meeting) -> None:
         match event["event"]:
             case "listening":
                 where = {"peer": event["peer"], "address": event["address"]}
-                await asyncio.to_thread(meeting.put, "control", where)
+                meeting.put("control", where)
             case "refused":
                 raise ConfigError(event["text"])
             case "ready":

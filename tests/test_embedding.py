@@ -12,7 +12,7 @@ from runtime.launcher.torchrun import Outer, Place
 from runtime.transport.security import Security
 
 OUTER_NAMES = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "RUNTIME_ACTOR")
-OUTER = Outer("torchrun", "run", 0, 4, 0, 0, Place("h", (1,)), node="0", restart=1)
+OUTER = Outer("torchrun", "run", 0, 4, 0, 0, Place(("h",), (1,)), node="0", restart=1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,9 @@
 """Who a process is in a job that torchrun, srun or mpirun has started, as its environment says. Pure.
 
 Also where the ranks of such a job can meet: the store that torchrun serves, else one that rank 0 is to serve, at
-MASTER_ADDR and MASTER_PORT where those are set. Without them srun's list of nodes and mpirun on one host are
-enough: the port then follows from the job's id, with neighbours in case that somebody else has it.
+MASTER_ADDR and MASTER_PORT where those are set. Without them srun's list of nodes and the addresses of mpirun's own
+host, which Open MPI up to 4 gives to all ranks, are enough: the port then follows from the job's id, with neighbours
+in case that somebody else has it.
 What is done there is `runtime/meeting.py`'s business.
 """
 
@@ -21,9 +22,10 @@ _NEIGHBOURS = 8
 
 
 class Place(NamedTuple):
-    """Where the ranks meet. `ports` are tried in order; `served`: torchrun serves the store itself."""
+    """Where the ranks meet: a host under one or several addresses. `ports` are tried in order; `served`: torchrun
+    serves the store itself."""
 
-    host: str
+    hosts: tuple[str, ...]
     ports: tuple[int, ...]
     served: bool = False
 
@@ -70,7 +72,7 @@ def _torchrun(env: Mapping[str, str]) -> Outer:
         _number(env, "WORLD_SIZE"),
         _number(env, "LOCAL_RANK"),
         _number(env, "ROLE_RANK", rank),
-        Place(env["MASTER_ADDR"], (_number(env, "MASTER_PORT"),), served),
+        Place((env["MASTER_ADDR"],), (_number(env, "MASTER_PORT"),), served),
         role=env.get("ROLE_NAME", "default"),
         node=str(_number(env, "GROUP_RANK", 0)),
         restart=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
@@ -84,25 +86,36 @@ def _srun(env: Mapping[str, str]) -> Outer:
     size = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     host = env.get("MASTER_ADDR") or _first_node(nodes)
-    place = Place(host, _ports(env, f"slurm {run_id}"))
+    place = Place((host,), _ports(env, f"slurm {run_id}"))
     local_rank, node = _number(env, "SLURM_LOCALID"), str(_number(env, "SLURM_NODEID"))
     return Outer("srun", run_id, rank, size, local_rank, rank, place, node=node)
 
 
 def _mpirun(env: Mapping[str, str]) -> Outer:
     rank, size = _number(env, "OMPI_COMM_WORLD_RANK"), _number(env, "OMPI_COMM_WORLD_SIZE")
-    host = env.get("MASTER_ADDR", "")
-    if not host and _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", size) == size:
-        host = "localhost"
-    if not host:
+    hosts = (env["MASTER_ADDR"],) if env.get("MASTER_ADDR") else _where_mpirun_is(env, rank, size)
+    run_id = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or "mpirun"
+    local_rank = _number(env, "OMPI_COMM_WORLD_LOCAL_RANK")
+    place = Place(hosts, _ports(env, f"mpirun {run_id}"))
+    return Outer("mpirun", run_id, rank, size, local_rank, rank, place)
+
+
+def _where_mpirun_is(env: Mapping[str, str], rank: int, size: int) -> tuple[str, ...]:
+    """The addresses of mpirun's own host, if rank 0 is there, which it alone knows."""
+    if _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", size) == size:
+        return ("localhost",)
+    mpirun = env.get(
+        "OMPI_MCA_orte_hnp_uri", ""
+    )  # "123.0;tcp://10.0.0.1,10.1.0.1:4000;tcp6://[...]:4001"
+    found = [uri.partition("://")[2].rpartition(":")[0] for uri in mpirun.split(";")[1:]]
+    # Every host has a daemon, and that of mpirun's own is mpirun itself.
+    elsewhere = rank == 0 and env.get("OMPI_MCA_orte_local_daemon_uri") != mpirun
+    if elsewhere or not any(found):
         raise MisuseError(
             f"the {size} ranks of this mpirun job are on several hosts and none knows where rank 0 is: "
             "start it with `mpirun -x MASTER_ADDR=<host of rank 0> ...`"
         )
-    run_id = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or "mpirun"
-    local_rank = _number(env, "OMPI_COMM_WORLD_LOCAL_RANK")
-    place = Place(host, _ports(env, f"mpirun {run_id}"))
-    return Outer("mpirun", run_id, rank, size, local_rank, rank, place)
+    return tuple(address for part in found for address in part.strip("[]").split(",") if address)
 
 
 def _first_node(nodes: str) -> str:

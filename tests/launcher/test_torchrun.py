@@ -53,7 +53,7 @@ def test_the_shell_of_a_slurm_allocation_is_no_rank() -> None:
 
 
 def test_a_rank_of_torchrun_has_its_role_its_round_and_the_agents_store() -> None:
-    place = Place("node0", (29500,), served=True)
+    place = Place(("node0",), (29500,), served=True)
     assert found(TORCHRUN) == Outer("torchrun", "run", 3, 4, 1, 2, place, "trainer", "1", 2)
 
 
@@ -72,7 +72,7 @@ def test_mpirun_whose_daemons_srun_started_is_mpirun() -> None:
 def test_ranks_of_srun_meet_on_the_first_node_of_the_step() -> None:
     outer = found(SRUN)
     assert (outer.run_id, outer.rank, outer.world_size, outer.node) == ("77.0", 2, 4, "1")
-    assert outer.place.host == "gpu01"
+    assert outer.place.hosts == ("gpu01",)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_ranks_of_srun_meet_on_the_first_node_of_the_step() -> None:
     [("one", "one"), ("a,b", "a"), ("x[7,9]y", "x7y"), ("n[1-2]-ib[3-4],z", "n1-ib3")],
 )
 def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
-    assert found({**SRUN, "SLURM_STEP_NODELIST": nodes}).place.host == first
+    assert found({**SRUN, "SLURM_STEP_NODELIST": nodes}).place.hosts == (first,)
 
 
 def test_the_ports_follow_from_the_job_and_leave_room_for_others() -> None:
@@ -91,19 +91,51 @@ def test_the_ports_follow_from_the_job_and_leave_room_for_others() -> None:
     assert all(20_000 <= port < 30_000 for port in one)
 
 
+def test_the_same_facts_under_other_names_are_found_too() -> None:
+    old = {"SLURM_JOB_ID": "", "SLURM_JOBID": "78", "SLURM_STEP_NODELIST": ""}
+    outer = found({**SRUN, **old, "SLURM_JOB_NODELIST": "n[1-2]"})
+    assert (outer.run_id, outer.place.hosts) == ("78.0", ("n1",))
+    older = {**MPIRUN, "PMIX_NAMESPACE": "", "OMPI_MCA_ess_base_jobid": "5"}
+    assert found(older).run_id == "5"
+
+
+def test_ranks_of_mpirun_meet_at_the_same_ports_whichever_they_are() -> None:
+    ports = [found({**MPIRUN, "OMPI_COMM_WORLD_RANK": rank}).place.ports for rank in "01"]
+    assert ports[0] == ports[1] != found({**MPIRUN, "PMIX_NAMESPACE": "7"}).place.ports
+
+
 def test_a_master_that_is_set_goes_before_what_can_be_derived() -> None:
     place = found({**SRUN, "MASTER_ADDR": "m", "MASTER_PORT": "1234"}).place
-    assert place == Place("m", (1234,))
+    assert place == Place(("m",), (1234,))
 
 
 def test_mpirun_on_one_host_needs_no_master() -> None:
     outer = found(MPIRUN)
-    assert (outer.place.host, outer.run_id, outer.node) == ("localhost", "223084545", "")
+    assert (outer.place.hosts, outer.run_id, outer.node) == (("localhost",), "223084545", "")
 
 
-def test_mpirun_on_several_hosts_without_a_master_says_what_to_add() -> None:
+MPIRUN_HOST = "77.0;tcp://10.0.0.1,172.17.0.1:4000;tcp6://[fd00::1,fd01::1]:4001"
+SEVERAL = {**MPIRUN, "OMPI_COMM_WORLD_SIZE": "4", "OMPI_MCA_orte_hnp_uri": MPIRUN_HOST}
+
+
+def test_ranks_of_mpirun_meet_on_its_own_host_if_rank_0_is_there() -> None:
+    addresses = ("10.0.0.1", "172.17.0.1", "fd00::1", "fd01::1")
+    first = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_MCA_orte_local_daemon_uri": MPIRUN_HOST}
+    assert found(SEVERAL).place.hosts == found({**SEVERAL, **first}).place.hosts == addresses
+    assert found({**SEVERAL, "MASTER_ADDR": "m"}).place.hosts == ("m",)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_MCA_orte_local_daemon_uri": "77.1;tcp://10.0.0.2:3"},
+        {"OMPI_MCA_orte_hnp_uri": ""},  # Open MPI 5
+        {"OMPI_MCA_orte_hnp_uri": "77.0"},
+    ],
+)
+def test_mpirun_whose_rank_0_is_who_knows_where_says_what_to_add(change: dict[str, str]) -> None:
     with pytest.raises(MisuseError, match=r"-x MASTER_ADDR=<host of rank 0>"):
-        find({**MPIRUN, "OMPI_COMM_WORLD_SIZE": "4"})
+        find({**SEVERAL, **change})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pickle
 import secrets
 import signal
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -59,21 +60,24 @@ logger = logging.getLogger(__name__)
 _KILL_TIMEOUT_S = 3.0
 _LAST_OUTPUT_S = 1.0
 _SIGTERM_HEAD_START_S = 0.2
+_LINK_HEAD_START_S = 3.0
+"""The launcher needs so long to know why a link ended that another agent carries."""
 _LAST_DIRECTIVE_S = 2.5
 _KINDS: dict[Stream, Kind] = {"stdout": Kind.STDOUT, "stderr": Kind.STDERR}
 
 
-def main(first: zygote.Started | None = None) -> None:
+def main(patience_s: int = 0, first: zygote.Started | None = None) -> None:
     """Run an agent until its job has ended; the process ends with 0 in any case but its own failure.
 
-    `first`: a zygote that was started before this module was imported; none where somebody else starts the workers.
+    `patience_s`: it waits so many seconds for its job (0: for ever). `first`: a zygote that was started before
+    this module was imported; none where somebody else starts the workers.
     """
     child.restore_path()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the launcher's business; it tells us
     spawn.become_subreaper()
     gc.freeze()  # what was imported stays
-    asyncio.run(_Agent().run(first))
+    asyncio.run(_Agent().run(patience_s, first))
     # Threads that write log files may sit in a stuck disk: nobody waits for them.
     sys.stdout.flush()
     os._exit(0)
@@ -83,6 +87,8 @@ class _Agent:
     """One job's agent, from its assignment to the end."""
 
     def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop
+        self._thread = threading.get_ident()
         self._starter = Starter()
         self._channel: Frames | None = None
         self._directive: Callable[[Message], None] | None = None
@@ -97,7 +103,8 @@ class _Agent:
         """The launcher says each second that it is there."""
         self._silence_s = 30.0
 
-    async def run(self, first: zygote.Started | None) -> None:
+    async def run(self, patience_s: int, first: zygote.Started | None) -> None:
+        self._loop = asyncio.get_running_loop()
         if first is not None:
             self._starter.adopt(first)
             self._guard = first.guard
@@ -105,12 +112,14 @@ class _Agent:
         _free_standard_streams()
         configure_logging(LogSpec(), self._log)
         try:
-            frame = await channel.receive()
-            if frame is not None and frame.kind is Kind.COMMAND:
-                self._greeted = True
-                from runtime.launcher import greeting  # jobs of one host do without
-
-                self._channel, frame = await greeting.meet(channel, frame)
+            frame = None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience_s or None):
+                    frame = await self._told_job(channel)
+            if (
+                frame is not None and frame.kind is Kind.COMMAND
+            ):  # "idle": we only carry others' links
+                frame = await self._channel.receive()
             if frame is not None and frame.kind is Kind.JOB:
                 assignment = _on_this_host(pickle.loads(frame.body), self._greeted)
                 work = self._adopt if assignment.embedded else self._job
@@ -118,6 +127,16 @@ class _Agent:
         finally:
             self._end_everything()
             await self._channel.close()
+
+    async def _told_job(self, channel: Channel) -> Frame | None:
+        """The launcher's first frame, or the one after the greeting."""
+        frame = await channel.receive()
+        if frame is not None and frame.kind is Kind.COMMAND:
+            self._greeted = True
+            from runtime.launcher import greeting  # jobs of one host do without
+
+            self._channel, frame = await greeting.meet(channel, frame)
+        return frame
 
     async def _adopt(self, assignment: Assignment) -> dict[str, Any]:
         """Be there for workers that somebody else has started; gives the last event."""
@@ -185,12 +204,12 @@ class _Agent:
             async with self._supervisor(assignment, control, outputs) as supervisor:
                 conductor.take(service, supervisor)
                 self._views = Views(endpoint, assignment, supervisor, service.ask, conductor)
-                where = {"address": address.address, "log_dir": assignment.log_folder}
-                self._notify({"event": "listening", "peer": me, **where})
+                facts = {"peer": me, "address": address.address, "process": spawn.own_process()}
+                self._notify({"event": "listening", "log_dir": assignment.log_folder, **facts})
                 end = await self._carry_out(assignment, conductor, supervisor, conductor.run())
                 if "undecided" not in end:  # else some host may not be there to hear it
                     await service.flush(_LAST_DIRECTIVE_S)
-                return {**end, "lost_hosts": conductor.lost_hosts}
+                return {**end, "lost_hosts": conductor.lost_hosts, "added": conductor.added}
 
     async def _follow(
         self, assignment: Assignment, endpoint: Endpoint, outputs: Outputs
@@ -240,7 +259,7 @@ class _Agent:
         loop.add_signal_handler(signal.SIGTERM, terminated.set)
         supervisor.spawn(begin, "begin")
         supervisor.serve(self._listen(part, assignment), "launcher")
-        supervisor.serve(self._on_terminated(part, terminated), "SIGTERM")
+        supervisor.serve(self._on_terminated(part, assignment.host, terminated), "SIGTERM")
         return await supervisor.ended
 
     async def _listen(self, part: Part, assignment: Assignment) -> None:
@@ -252,7 +271,9 @@ class _Agent:
             else:
                 await part.command(command)
         if not self._detached:
-            await part.launcher_gone("the launcher is gone")
+            # Maybe the launcher lives and tells it to somebody: the guard was killed, or sshd's session.
+            gone = f"the link of {assignment.host} to the launcher has ended"
+            await part.launcher_gone(gone, _LINK_HEAD_START_S)
         await asyncio.Event().wait()
 
     async def _receive(self) -> Frame | None:
@@ -288,27 +309,25 @@ class _Agent:
         self._notify({"event": "detached"})
         self._detached = True
 
-    async def _on_terminated(self, part: Part, terminated: asyncio.Event) -> None:
+    async def _on_terminated(self, part: Part, host: str, terminated: asyncio.Event) -> None:
         await terminated.wait()
         # Who ends all processes of a job, as Slurm does, signals the launcher, too: its word goes first.
         await asyncio.sleep(_SIGTERM_HEAD_START_S)
-        await part.launcher_gone("the agent got SIGTERM")
+        await part.launcher_gone(f"the agent of {host} got SIGTERM", _SIGTERM_HEAD_START_S)
         await asyncio.Event().wait()
 
     async def _last_words(
         self, assignment: Assignment, end: dict[str, Any], folder: str, me: str
     ) -> dict[str, Any]:
-        """The last event: of the first agent what became of the job, of others what they add to it."""
+        """The last event: of the first agent what became of the job, of others whether they were lost."""
         if assignment.node_rank > 0:
-            failures = [end["first"], *end["others"]] if end["first"] else []
-            mine = [failure for failure in failures if failure.get("folder")]
-            return {"event": "end", "failures": mine, "lost": end.get("lost", "")}
+            return {"event": "end", "lost": end.get("lost", "")}
         plan = assignment.plan
         base = Outcome(
             "finished", plan.job_id, plan.job.name, log_dir=folder, restarts=self._restarts,
             timeout_s=assignment.timeout_s,
         )  # fmt: skip
-        outcome = outcome_of(end, base)
+        outcome = outcome_of(end, base, end["added"])
         try:
             async with asyncio.timeout(_LAST_OUTPUT_S):  # the disk may be stuck
                 await asyncio.to_thread(keep, outcome, me)
@@ -328,7 +347,13 @@ class _Agent:
         self._notify(event)
 
     def _log(self, line: str) -> None:
-        self._notify({"event": "log", "text": line})
+        """From any thread: those that write log files log, too, and the channel is the loop's."""
+        event = {"event": "log", "text": line}
+        if threading.get_ident() == self._thread:
+            self._notify(event)
+        else:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._notify, event)
 
     def _notify(self, event: dict[str, Any]) -> None:
         if self._detached:

@@ -1,7 +1,8 @@
 """`python -m runtime`: look at the jobs that this user has launched from here, read what they print, end them.
 
 A job is found through its private file (`launcher/jobs.py`) and asked through its agents (`cluster/client.py`).
-Of one that has ended, its files tell. ZeroMQ is imported only to ask a job that runs.
+Of one that has ended, its files tell, here or on its hosts (`launcher/afar.py`). ZeroMQ is imported only to ask a
+job that runs.
 
 Exit codes: 0 done, 1 no such job, or it cannot be reached (a line says which), 2 usage, 130 Ctrl-C.
 """
@@ -14,22 +15,22 @@ import json
 import os
 import shutil
 import sys
-import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from runtime import aio
-from runtime.errors import MisuseError, RuntimeFault
+from runtime.errors import RuntimeFault
 from runtime.launcher import jobs, logfiles, report, screens, spawn
-from runtime.launcher.records import JobEndpoint, JobStatus
+from runtime.launcher.records import Ended, JobEndpoint, JobStatus, Missing
 
 if TYPE_CHECKING:
     from runtime.cluster.client import JobClient
 
 _WATCH_S = 1.0
 _TOLD_EVERY_S = 2.0
+_REASON = "stopped by `python -m runtime stop`"
 _STOP_MARGIN_S = 8.0
 """What a job may take to end beyond the time that its workers were given."""
 _GONE_S = 5.0
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         only.add_argument(f"--{stream}", dest="stream", action="store_const", const=stream,
                           help=f"only {stream}")  # fmt: skip
     stop = command("stop", _stop, "end a job, and see that nothing of it is left")
-    stop.add_argument("--force", action="store_true", help="kill it")
+    stop.add_argument("--force", action="store_true", help="kill it, and agents that hang")
     command("list", _list, "jobs that run, and those that ended lately")
     return parser
 
@@ -98,12 +99,17 @@ def _lines(text: str) -> int | None:
 def _status(arguments: argparse.Namespace) -> int:
     job = jobs.find(arguments.job)
 
-    def show(status: JobStatus) -> None:
+    def show(status: JobStatus | Ended | Missing) -> None:
+        if isinstance(status, JobStatus):
+            text = screens.status_text(status, _now(), _width(), colour=_colour())
+        else:
+            text = screens.ended_text(job, status, _now(), _width(), colour=_colour())
+            status = screens.ended_status(job, status)
         if arguments.json:
             return _print(json.dumps(screens.plain(status)))
         if arguments.watch and sys.stdout.isatty():
             _print("\x1b[H\x1b[2J", end="")
-        _print(screens.status_text(status, _now(), _width(), colour=_colour()), end="")
+        _print(text, end="")
 
     async def work(client: JobClient) -> None:
         show(await client.status())
@@ -111,9 +117,9 @@ def _status(arguments: argparse.Namespace) -> int:
             show(await client.status())
 
     if _ask(job, work) is _ENDED or arguments.watch:
-        status = screens.ended_status(job, jobs.outcome(job))
-        show(status)
-        return int(status.stage == "lost")
+        end = _end_of(job)
+        show(end)
+        return int(isinstance(end, Missing))
     return 0
 
 
@@ -126,56 +132,52 @@ def _logs(arguments: argparse.Namespace) -> int:
     printer = LogPrinter(
         _write, several_hosts=len(job.hosts) > 1, colour=_colour(), as_json=arguments.json
     )
+    silent: list[str] = []
 
-    async def work(client: JobClient) -> None:
+    async def show(source: AsyncGenerator[tuple[str, logfiles.Piece | RuntimeFault], None]) -> None:
         async with (
             aio.background(printer.show_unfinished(), "unfinished lines"),
-            aclosing(client.logs(query, follow=arguments.follow)) as found,
+            aclosing(source) as found,
         ):
             async for host, item in found:
                 if isinstance(item, RuntimeFault):
                     _tell(f"no (more) output of {host}: {item}")
+                    silent.append(host)
                 else:
                     printer.show(host, item)
 
-    if _ask(job, work) is _ENDED:
-        if not os.path.isdir(job.log_dir):
-            raise MisuseError(
-                f"job {job.job_id} has ended; its logs are in {job.log_dir} on {', '.join(job.hosts)}"
-            )
-        if len(job.hosts) > 1:
-            _tell(
-                f"of what it printed on {', '.join(job.hosts)}, only what is in {job.log_dir} here"
-            )
-        positions, more = None, True
-        while more:
-            pieces, positions, more = logfiles.read(job.log_dir, query, positions)
-            for piece in pieces:
-                printer.show("", piece)
-    if not printer.end():
+    if _ask(job, lambda client: show(client.logs(query, follow=arguments.follow))) is _ENDED:
+        from runtime.launcher import afar
+
+        asyncio.run(show(afar.logs(job, query)))
+    if not printer.end() and not silent:
         _tell(f"job {job.job_id} has printed nothing of that kind")
-    return 0
+    return int(len(silent) == len(job.hosts))
 
 
 def _stop(arguments: argparse.Namespace) -> int:
-    job = jobs.find(arguments.job)
-    limit = (0.0 if arguments.force else job.shutdown_timeout_s) + _STOP_MARGIN_S
-
-    async def work(client: JobClient) -> tuple[dict[str, Any], list[int]]:
-        before = await client.stop("stopped by `python -m runtime stop`", force=arguments.force)
-        how = "killing" if arguments.force else "stopping"
-        _tell(f"{how} job {job.job_id}, for at most {limit:g} s")
-        async with aio.background(_tell_who_is_left(client), "who is left"):
-            ends = await client.ended(limit)
-        return ends, _local_pids(job, before)
-
-    found = _ask(job, work)
+    job, force = jobs.find(arguments.job), bool(arguments.force)
+    try:
+        found: Any = _ask(job, lambda client: _stopped(job, client, force))
+    except RuntimeFault as error:
+        if not force:
+            raise RuntimeFault(f"{error}; `stop --force` kills it") from None
+        _tell(str(error))
+        found = dict.fromkeys(job.names, error)
     if found is _ENDED:
-        status = screens.ended_status(job, jobs.outcome(job))
-        _tell(f"job {job.job_id} has ended before: {status.reason or status.stage}")
-        return int(status.stage == "lost")
-    ends, pids = found
-    left = _left(ends, _still_there(pids))
+        end = _end_of(job)
+        if isinstance(end, Ended) or not force:
+            status = screens.ended_status(job, end)
+            ended = "has ended before" if isinstance(end, Ended) else f"is {end.stage}"
+            _tell(f"job {job.job_id} {ended}: {status.reason or status.stage}")
+            return int(isinstance(end, Missing))
+        found = _killed(job, dict.fromkeys(job.names, RuntimeFault(end.reason)))
+    elif force:
+        found = _killed(job, found)
+        if isinstance(found[job.names[0]], list):  # who would have said how it ended is gone, too
+            how = report.Outcome("stopped", job.job_id, job.name, detail=_REASON)
+            jobs.remember(job, how)
+    left = _in_words(found)
     if arguments.json:
         _print(json.dumps({"job_id": job.job_id, "left": left}))
     for host, words in left.items():
@@ -192,14 +194,16 @@ def _list(arguments: argparse.Namespace) -> int:
     now = _now()
     jobs.clean(now)
     endpoints, refused = jobs.known()
-    listed, ended = [], 0
+    runs = {job.job_id for job in jobs.running(endpoints)}
+    listed, ended, unknown = [], 0, 0
     for job in endpoints:
-        end = jobs.outcome(job)
-        if end is None and jobs.answers(job):
+        if job.job_id in runs:
             listed.append(screens.Listed(job, "running"))
         elif arguments.json or (ended := ended + 1) <= _SHOWN_ENDED:
-            end = jobs.outcome(job)  # perhaps it ended just now
-            listed.append(screens.Listed(job, end.stage if end else "lost", end))
+            end = jobs.outcome(job)
+            stage = end.stage if end else "lost" if jobs.is_here(job, job.hosts[0]) else "unknown"
+            unknown += stage == "unknown"
+            listed.append(screens.Listed(job, stage, end))
     for reason in refused:
         _tell(reason)
     if arguments.json:
@@ -208,28 +212,30 @@ def _list(arguments: argparse.Namespace) -> int:
         _print(screens.list_text(listed, now, _width(), colour=_colour()), end="")
     else:
         _tell("no job was launched from here by this user in the last two weeks")
+    if unknown:
+        _tell("unknown: how they ended is not known here; `status JOB` asks its hosts")
     return 0
 
 
 def _listed_json(item: screens.Listed) -> dict[str, Any]:
     job = item.job
-    found = {
-        name: screens.plain(getattr(job, name)) for name in ("job_id", "name", "started", "hosts")
-    }
     end = {"exit_code": item.end.code, "ended": item.end.at} if item.end else {}
-    return {**found, "stage": item.stage, "log_dir": job.log_dir, "detached": job.detached, **end}
+    return {
+        "job_id": job.job_id, "name": job.name, "started": job.started, "hosts": job.names,
+        "stage": item.stage, "log_dir": job.log_dir, "detached": job.detached, **end,
+    }  # fmt: skip
 
 
 # Asking
 
 
 _ENDED = object()
-"""In place of an answer: the job does not run (any more)."""
+"""In place of an answer: the job does not run (any more), as far as can be seen from here."""
 
 
 def _ask(job: JobEndpoint, work: Callable[[JobClient], Coroutine[Any, Any, Any]]) -> Any:
     """What `work` gives, with a client of `job`. `_ENDED` if the job has ended, also in the midst of it."""
-    if jobs.outcome(job) is not None or not jobs.answers(job):
+    if not jobs.running([job]):
         return _ENDED
     from runtime.cluster.client import JobClient  # the first import of zmq
 
@@ -244,9 +250,52 @@ def _ask(job: JobEndpoint, work: Callable[[JobClient], Coroutine[Any, Any, Any]]
     try:
         return asyncio.run(ask())
     except RuntimeFault:  # whatever it was: if the job is over, it was that
-        if jobs.outcome(job) is not None or not jobs.answers(job):
+        if not jobs.running([job]):
             return _ENDED
         raise
+
+
+def _end_of(job: JobEndpoint) -> Ended | Missing:
+    """How a job ended that does not answer. What its hosts say is remembered here."""
+    if (known := jobs.outcome(job)) is not None:
+        return known
+    from runtime.launcher import afar
+
+    end = asyncio.run(afar.how_it_ended(job))
+    if isinstance(end, Ended):
+        jobs.remember(job, *end)
+    return end
+
+
+# To stop
+
+
+_Left = dict[str, list[str] | RuntimeFault]
+"""By host, in words, what is left of a job there, or why that is not known."""
+
+
+async def _stopped(job: JobEndpoint, client: JobClient, force: bool) -> _Left:
+    """Stop the job, or kill it, and wait for its end."""
+    from runtime.launcher import afar
+
+    limit = (0.0 if force else job.shutdown_timeout_s) + _STOP_MARGIN_S
+    before = await client.stop(_REASON, force=force)
+    here = _local_processes(job, before)
+    _tell(f"{'killing' if force else 'stopping'} job {job.job_id}, for at most {limit:g} s")
+    hung = [host.host for host in before.hosts if host.problem] if force else []
+    async with aio.background(_tell_who_is_left(client), "who is left"):
+        ends, killed = await asyncio.gather(client.ended(limit), afar.end(job, hung))
+    left: _Left = {
+        host: end
+        if isinstance(end, RuntimeFault)
+        else [f"process {pid} ({name}) does not die" for pid, name, _ in end["left"]]
+        for host, end in ends.items()
+    }
+    for info in await asyncio.to_thread(afar.outliving, here, _GONE_S):
+        if isinstance(words := left[job.names[0]], list):
+            words.append(f"process {info.pid} ({info.name}) is still there")
+    left |= killed
+    return left
 
 
 async def _tell_who_is_left(client: JobClient) -> None:
@@ -261,39 +310,33 @@ async def _tell_who_is_left(client: JobClient) -> None:
             _tell(report.waiting_for(sorted(names)))
 
 
-# After a stop
-
-
-def _local_pids(job: JobEndpoint, status: JobStatus) -> list[int]:
-    """The job's processes on this machine: the agent that we reached through the file system, its workers."""
-    if not job.address.startswith("ipc://") or not os.path.exists(job.address[6:].split(" ")[0]):
+def _local_processes(job: JobEndpoint, status: JobStatus) -> list[spawn.ProcessInfo]:
+    """The job's processes on this machine, if it is the first host: the agent and its workers."""
+    if not jobs.is_here(job, job.hosts[0]):
         return []
     first = status.hosts[0]
     workers = [w.pid for role in status.roles.values() for w in role if w.host == first.host]
-    return [pid for pid in (first.pid, *workers) if pid is not None]
+    return [info for pid in (first.pid, *workers) if pid and (info := spawn.look_at(pid))]
 
 
-def _still_there(pids: Sequence[int]) -> list[str]:
-    """What lives of these processes, which have a few seconds to end."""
-    until = time.monotonic() + _GONE_S
-    while True:
-        found = [info for pid in pids if (info := spawn.look_at(pid)) and info.state not in "ZX"]
-        if not found or time.monotonic() > until:
-            return [f"process {info.pid} ({info.name}) is still there" for info in found]
-        time.sleep(0.02)
+def _killed(job: JobEndpoint, found: _Left) -> _Left:
+    """Where it is not known, kill what is left, without the help of the job's agents."""
+    unknown = [host for host, left in found.items() if isinstance(left, RuntimeFault)]
+    if not unknown:
+        return found
+    from runtime.launcher import afar
+
+    killed: _Left = asyncio.run(afar.end(job, unknown))
+    return found | killed
 
 
-def _left(ends: dict[str, Any], here: list[str]) -> dict[str, list[str]]:
-    """By host, in words, what is left of the job there, or why that is not known."""
-    left: dict[str, list[str]] = {}
-    for host, end in ends.items():
-        if isinstance(end, RuntimeFault):
-            left[host] = [f"{end}; what is left there is not known"]
-        else:
-            left[host] = [f"process {pid} ({name}) does not die" for pid, name, _ in end["left"]]
-    first = next(iter(left))
-    left[first] += [text for text in here if text not in left[first]]
-    return left
+def _in_words(found: _Left) -> dict[str, list[str]]:
+    return {
+        host: [f"{left}; what is left there is not known"]
+        if isinstance(left, RuntimeFault)
+        else left
+        for host, left in found.items()
+    }
 
 
 # The terminal

@@ -59,6 +59,7 @@ def _start(argv: Sequence[str]) -> int:
         return _launch(argv, agent)
     except ConfigError as error:
         _complain(error)
+        spawn.kill_descendants()  # the agent would go on importing for nothing
         return USAGE
 
 
@@ -68,7 +69,7 @@ def _detached_agent(job_id: str) -> LocalAgent:
 
     fd = jobs.open_log(job_id)
     try:
-        return spawn.start_agent(spawn.GUARDED_AGENT, fd)
+        return spawn.start_agent(spawn.guarded_agent(), fd)
     finally:
         os.close(fd)
 
@@ -145,6 +146,7 @@ async def _launch_on(
     import asyncio
     from dataclasses import replace
 
+    from runtime.launcher.channel import Kind
     from runtime.launcher.dial import dial_all
     from runtime.launcher.link import HostsFailed
     from runtime.launcher.prepare import dial_settings, prepare
@@ -168,7 +170,9 @@ async def _launch_on(
         facts = replace(facts, found=found)
         plan = prepare(options, facts, FoundSources(facts.cwd))
         planned = {host.name for host in plan.hosts}
-        # The others stay idle: a link of the job may go through one of them.
+        for link in links:  # the others stay idle: a link of the job may go through one of them
+            if link.host.name not in planned:
+                link.channel.send_message(Kind.COMMAND, {"op": "idle"})
         links = [link for link in links if link.host.name in planned]
         alone = len(links) == 1 and links[0].local  # else its control plane is asked from here, too
         chosen = None
@@ -202,7 +206,7 @@ def _assignments(
         common = replace(common, accept_from=chosen.accept_from, security=mint())
     assignments = []
     for rank, link in enumerate(links):
-        host = replace(common, host=link.host.name, node_rank=rank)
+        host = replace(common, host=link.host.name, node_rank=rank, clock_ahead_s=link.ahead_s)
         if chosen is not None:
             env = {**chosen.variables(link.host.name), **common.env}
             host = replace(host, address=chosen.address[link.host.name], env=env)

@@ -13,7 +13,7 @@ import pytest
 
 from runtime.cli import main
 from runtime.launcher import jobs
-from runtime.launcher.records import JobEndpoint
+from runtime.launcher.records import JobEndpoint, JobHost
 from runtime.launcher.report import Outcome, WorkerFailure
 
 
@@ -22,7 +22,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def ended(tmp_path: Path, outcome: Outcome | None, job_id: str = "j1") -> None:
+def ended(
+    tmp_path: Path, outcome: Outcome | None, job_id: str = "j1", host: JobHost | None = None
+) -> None:
     """A job of two ranks that has ended so; None: without a word."""
     logs = tmp_path / "logs" / job_id
     for rank in (0, 1):
@@ -30,7 +32,8 @@ def ended(tmp_path: Path, outcome: Outcome | None, job_id: str = "j1") -> None:
         path = logs / "attempt_0" / "t" / str(rank) / "stdout.log"
         path.write_text(f"one {rank}\ntwo {rank}\n")
     now = datetime.now(UTC).timestamp()
-    job = JobEndpoint(job_id, "train", now, ("h",), "@agent-0.a", "ipc:///nowhere/a", str(logs))
+    host = host or JobHost("h", str(logs), ranks=(("t", 0), ("t", 1)))
+    job = JobEndpoint(job_id, "train", now, (host,), "@agent-0.a", "ipc:///nowhere/a")
     jobs.register(job)
     if outcome is not None:
         jobs.remember(job, outcome)
@@ -63,7 +66,7 @@ def test_an_ended_job_is_remembered(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["status", "train"]) == 0
     shown = capsys.readouterr().out
     assert "job j1 (train): failed 0 s ago\n" in shown
-    assert "reason     t-1 on h: SIGKILL\n" in shown
+    assert "first      t rank 1 on h, pid 7\n" in shown, "the box of the launcher"
     assert "exit code  137\n" in shown
     assert main(["status", "--watch", "--json"]) == 0, "there is nothing to wait for"
     assert json.loads(capsys.readouterr().out)["exit_code"] == 137
@@ -99,7 +102,8 @@ def test_logs_that_are_not_here_are_said_to_be_elsewhere(
     ended(tmp_path, Outcome("finished"))
     os.rename(tmp_path / "logs", tmp_path / "elsewhere")
     assert main(["logs"]) == 1
-    assert "its logs are in" in capsys.readouterr().err
+    told = f"no (more) output of h: there is no directory {tmp_path / 'logs' / 'j1'}"
+    assert told in capsys.readouterr().err
 
 
 def test_a_job_that_left_no_word_is_lost(
@@ -109,8 +113,30 @@ def test_a_job_that_left_no_word_is_lost(
     assert main(["status"]) == 1
     assert "job j1 (train): lost\n" in capsys.readouterr().out
     assert main(["stop"]) == 1
+    assert "job j1 is lost: its control plane is gone" in capsys.readouterr().err
+    assert main(["stop", "--force"]) == 0, "there is nothing to kill"
+    assert "nothing of it is left on h" in capsys.readouterr().out
     assert main(["list"]) == 0
-    assert "lost" in capsys.readouterr().out
+    assert "lost" in capsys.readouterr().out, "and that is no stop"
+
+
+def test_a_job_whose_hosts_cannot_be_asked_is_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended(tmp_path, None, host=JobHost("h", "/nowhere/j1", ranks=(("t", 0),), local=False))
+    assert main(["list"]) == 0
+    out, err = capsys.readouterr()
+    assert "unknown" in out
+    assert "`status JOB` asks its hosts" in err
+    assert main(["status"]) == 1
+    reason = "h cannot be asked (only srun leads there); whether the job runs is not known"
+    assert f"reason     {reason}\n" in capsys.readouterr().out
+    assert main(["logs"]) == 1
+    assert capsys.readouterr().err == "runtime: no (more) output of h: only srun leads there\n"
+    assert main(["stop", "--force", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert err == "runtime: h: only srun leads there; what is left there is not known\n"
+    assert json.loads(out)["left"] == {"h": [err[12:-1]]}
 
 
 def test_files_that_are_not_believed_are_named_and_the_rest_is_listed(

@@ -98,7 +98,10 @@ def test_the_program_sees_none_of_ours_as_its_main(tmp_path: Path) -> None:
     [
         ("pass", 0),
         ("raise SystemExit", 0),
+        ("raise SystemExit(9)", 9),
+        ("sys.exit(None)", 0),
         ("sys.exit(3)", 3),
+        ("sys.exit(300)", 300 % 256),
         ("sys.exit(-1)", 255),
         ("sys.exit(2**40)", 0),
         ("sys.exit(True)", 1),

@@ -11,6 +11,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from runtime import aio
@@ -19,6 +20,7 @@ from runtime.cluster.views import WAIT_S
 from runtime.errors import Closed, MisuseError, PeerLostError, RuntimeFault, Timeout
 from runtime.job import ActorInfo
 from runtime.launcher import jobs
+from runtime.launcher.afar import together
 from runtime.launcher.assignment import choose_job_dir, make_job_dir, remove_job_dir
 from runtime.launcher.logfiles import Piece, Query
 from runtime.launcher.outcome import from_plain
@@ -67,7 +69,7 @@ class JobClient(aio.Service):
     def __init__(self, job: JobEndpoint) -> None:
         super().__init__(f"client of {job.job_id}")
         self._job = job
-        self._control = PeerAddress(job.peer, job.address)
+        self._control = PeerAddress(job.peer, job.address, host=job.names[0])
         # In the folder of the job's own sockets, where we are on its host: that is removed with it.
         folders = [os.path.dirname(a.target) for a in parse_all(job.address) if a.scheme == "ipc"]
         theirs = next((folder for folder in folders if os.access(folder, os.W_OK)), None)
@@ -125,45 +127,24 @@ class JobClient(aio.Service):
         """What the job's workers printed, by host, as it comes. Ends with the job if it is to `follow`. A host
         that cannot be asked (any more) gives its error, once."""
         await self._look()
-        found: asyncio.Queue[tuple[str, Piece | RuntimeFault | None]] = asyncio.Queue(4)
-        readers = [
-            self.spawn(self._read(host, agent, query, follow, found), f"logs of {host}")
-            for host, agent in self._agents.items()
-        ]
-        left = len(readers)
-        try:
-            while left:
-                host, item = await found.get()
-                if item is None:
-                    left -= 1
-                else:
-                    yield host, item
-        finally:
-            for reader in readers:
-                reader.cancel()
+        sources = {host: self._read(agent, query, follow) for host, agent in self._agents.items()}
+        async with aclosing(together(sources)) as found:
+            async for item in found:
+                yield item
 
     # -- one agent ----------------------------------------------------------------------------
 
     async def _read(
-        self,
-        host: str,
-        agent: PeerAddress,
-        query: Query,
-        follow: bool,
-        found: asyncio.Queue[tuple[str, Piece | RuntimeFault | None]],
-    ) -> None:
+        self, agent: PeerAddress, query: Query, follow: bool
+    ) -> AsyncGenerator[Piece, None]:
         positions: Mapping[str, int] | None = None
         over = False
         while not over:
-            answer = await self._asked(agent, "agent.logs", list(query), positions, follow)
-            if isinstance(answer, RuntimeFault):
-                await found.put((host, answer))
-                break
+            answer = await self._ask(agent, "agent.logs", list(query), positions, follow)
             positions, over = answer["positions"], answer["over"]
             self._heard(answer["end"])
             for piece in answer["pieces"]:
-                await found.put((host, Piece(*piece)))
-        await found.put((host, None))
+                yield Piece(*piece)
 
     async def _end(self, agent: PeerAddress, within: float) -> dict[str, Any] | RuntimeFault:
         try:
@@ -198,10 +179,10 @@ class JobClient(aio.Service):
         try:
             return await self._endpoint.call(agent, method, args, timeout=waits + within)
         except Timeout as error:
-            text = f"the agent of {_name(agent)} does not answer (waited {error.waited_s:.0f} s)"
+            text = f"the agent of {agent.host} does not answer (waited {error.waited_s:.0f} s)"
             raise Timeout(text, error.waited_s) from None
         except PeerLostError as error:
-            text = f"the agent of {_name(agent)} is out of reach: {error.cause or 'it is gone'}"
+            text = f"the agent of {agent.host} is out of reach: {error.cause or 'it is gone'}"
             raise PeerLostError(text, agent.peer, host=agent.host, cause=error.cause) from None
 
     async def _status(self, stays: bool, within: float) -> JobStatus:
@@ -215,8 +196,7 @@ class JobClient(aio.Service):
     async def _look(self) -> Mapping[str, Any]:
         """What the control plane knows; `_agents` are those of now after it."""
         job: Mapping[str, Any] = await self._ask(self._control, "agent.job")
-        first = self._job.hosts[0]
-        self._agents = {first: self._control._replace(host=first)}
+        self._agents = {self._control.host: self._control}
         for agent in sorted(job["agents"], key=lambda agent: agent["node_rank"]):
             if agent["peer"] != self._control.peer:
                 host = agent["host"]
@@ -230,7 +210,7 @@ def job_status(
     """One picture of what the control plane says (`agent.job`) and what the agents do (`agent.status`, or an
     error, by host). `now`: seconds since the epoch."""
     supervision = job["supervision"]
-    quiet = {agent["host"] or endpoint.hosts[0]: agent.get("quiet_s") for agent in job["agents"]}
+    quiet = {agent["host"] or endpoint.names[0]: agent.get("quiet_s") for agent in job["agents"]}
     processes = {
         worker["name"]: worker
         for answer in answers.values()
@@ -239,14 +219,16 @@ def job_status(
     }
     roles: dict[str, list[WorkerStatus]] = {}
     for member in job["members"]:
-        status = _worker(member, processes.get(member["name"]), quiet.get(member["host"]))
+        silent = not isinstance(answers.get(member["host"]), Mapping)
+        process = processes.get(member["name"])
+        status = _worker(member, process, quiet.get(member["host"]), silent)
         roles.setdefault(status.role, []).append(status)
     restarts = sum(
         role["attempt"] + sum(actor["restarts"] for actor in role["actors"])
         for role in supervision["roles"]
     )
     return JobStatus(
-        stage=_stage(supervision, members=[w for r in roles.values() for w in r], answers=answers),
+        stage=_stage(supervision, [w for r in roles.values() for w in r]),
         exit_code=supervision["code"] if supervision["stage"] == "ended" else None,
         restarts=restarts,
         roles=roles,
@@ -254,35 +236,32 @@ def job_status(
         name=endpoint.name,
         started=endpoint.started,
         since=now - supervision["since_s"],
-        hosts=tuple(_host(name, answers.get(name), quiet.get(name)) for name in endpoint.hosts),
+        hosts=tuple(_host(name, answers.get(name), quiet.get(name)) for name in endpoint.names),
         reason=supervision["reason"],
         log_dir=endpoint.log_dir,
     )
 
 
-def _name(agent: PeerAddress) -> str:
-    return agent.host or "the control plane's host"
-
-
-def _stage(
-    supervision: Mapping[str, Any], members: Sequence[WorkerStatus], answers: Mapping[str, Any]
-) -> str:
+def _stage(supervision: Mapping[str, Any], members: Sequence[WorkerStatus]) -> str:
     stage = supervision["stage"]
     if stage == "ended":
         return "finished" if supervision["code"] == 0 else "failed"
     if stage in ("stopping", "finishing"):
         return "stopping"
-    first = [w for w in members if w.state == "starting" and not w.restart_count]
-    # Of a host that does not answer nobody knows better than the control plane, which knows no scripts.
-    known = any(isinstance(answers.get(worker.host), Mapping) for worker in first)
-    return "starting" if stage == "new" or known else "running"
+    first = any(worker.state == "starting" and not worker.restart_count for worker in members)
+    return "starting" if stage == "new" or first else "running"
 
 
 def _worker(
-    member: Mapping[str, Any], process: Mapping[str, Any] | None, quiet_s: float | None
+    member: Mapping[str, Any],
+    process: Mapping[str, Any] | None,
+    quiet_s: float | None,
+    silent: bool,
 ) -> WorkerStatus:
+    """`silent`: its host does not answer."""
     state, code = member["state"], member["code"]
-    if process is not None and process["incarnation"] == member["incarnation"]:
+    there = process is not None and process["incarnation"] == member["incarnation"]
+    if there or (silent and state == "starting"):
         state = "running"  # whether or not it has joined: a script need not know of us
     return WorkerStatus(
         name=member["name"],

@@ -11,16 +11,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from runtime.aio import Service
-from runtime.cluster.exits import wall_clock
 from runtime.cluster.starting import declaration, node_name
 from runtime.control.client import ControlClient
 from runtime.control.service import ControlService
 from runtime.errors import Closed, MisuseError, PeerLostError, RuntimeFault
 from runtime.job import RoleSpec
 from runtime.launcher.assignment import Assignment
+from runtime.launcher.outcome import failures_of
 from runtime.launcher.plan import planned_actors
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ LOST = 69
 GATHER_S = 60.0
 """For so long the first agent waits for those of other hosts, which the launcher has started by then."""
 _LEAVE_GRACE_S = 2.0
-_OTHERS_FIRST_S = 0.2
 _LAST_WORD_S = 0.7
 _END_S = 1.0
 _RESTART_GRACE_S = 2.0
@@ -43,8 +43,9 @@ class Part(Protocol):
         """Do what the launcher says."""
         ...
 
-    async def launcher_gone(self, reason: str) -> None:
-        """Bring this host's part of the job to its end: nobody is there to show it to, or wants it."""
+    async def launcher_gone(self, reason: str, others_s: float) -> None:
+        """Bring this host's part of the job to its end: nobody is there to show it to, or wants it. The
+        launcher may know better why, and has `others_s` seconds to say so."""
         ...
 
 
@@ -70,6 +71,8 @@ class Conductor:
         self._agents = {0: me}
         self.lost_hosts: list[int] = []
         """Node ranks of agents that are not there any more."""
+        self.added: list[dict[str, Any]] = []
+        """Failures with what agents of other hosts have added to them."""
         self._all_there = asyncio.Event()
         self._begun = False
         self._service: ControlService
@@ -79,6 +82,10 @@ class Conductor:
         """Work with these."""
         self._service, self._supervisor = service, supervisor
         service.progress = supervisor.progress
+        service.answered = self._answered
+
+    def _answered(self, failures: list[dict[str, Any]] | None) -> None:
+        self.added += failures or ()
 
     def emitted(self, event: Mapping[str, Any]) -> None:
         """Take an event of the control plane."""
@@ -109,7 +116,7 @@ class Conductor:
     async def stop(self, reason: str, code: int) -> None:
         """Ask all workers to stop; the job ends with `code`."""
         if self._begun:
-            message = {"op": "stop", "reason": reason, "code": code, "seen": wall_clock()}
+            message = {"op": "stop", "reason": reason, "code": code}
             await self._service.ask("supervision", message)
         else:
             self._end(reason, code)
@@ -139,7 +146,7 @@ class Conductor:
             case "lost":
                 self.lost(message["node_rank"], message["why"])
 
-    async def launcher_gone(self, reason: str) -> None:
+    async def launcher_gone(self, reason: str, others_s: float) -> None:
         await self.stop(reason, LOST)
         await asyncio.sleep(_LEAVE_GRACE_S)
         await self.kill(reason, LOST)
@@ -200,6 +207,7 @@ class Follower(Service):
         super().__init__("follower")
         self._assignment, self._client, self._address = assignment, client, address
         self._cut_off = asyncio.Event()
+        self._directed = asyncio.Event()
         self._why = ""
         self._supervisor: Hands
 
@@ -208,10 +216,14 @@ class Follower(Service):
         self._supervisor = supervisor
         self._client.told = self._told
 
-    async def _told(self, message: Mapping[str, Any]) -> None:
+    async def _told(self, message: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         self._supervisor.directive(message)
-        if message["op"] == "end":  # taken when we ask nothing more: the first agent waits for that
-            await asyncio.wait({self._supervisor.ended})
+        self._directed.set()
+        if message["op"] != "end":
+            return None
+        # Taken when we ask nothing more, and can say what is known here: the first agent waits for that.
+        await asyncio.wait({self._supervisor.ended})
+        return [f for f in failures_of(self._supervisor.ended.result()) if f.get("folder")]
 
     async def ask(self, machine: str, message: Mapping[str, Any]) -> Any:
         """As `ControlClient.ask`. Does not return where this agent is cut off: it ends by that."""
@@ -223,28 +235,35 @@ class Follower(Service):
 
     async def begin(self) -> None:
         """Tell the first agent that this host is there, and go on telling it."""
+        self.spawn(self._end_cut_off(), "cut off")
         where = {"host": self._assignment.host, "address": self._address}
         await self.ask(
             "membership", {"op": "agent", **where, "node_rank": self._assignment.node_rank}
         )
         self.serve(self._beat(), "heartbeat")
-        self.spawn(self._end_cut_off(), "cut off")
 
     async def command(self, message: Mapping[str, Any]) -> None:
         if message["op"] == "leave":
             await asyncio.wait({self._supervisor.ended}, timeout=message["after_s"])
             await self._leave(message["reason"], 0.0)
 
-    async def launcher_gone(self, reason: str) -> None:
+    async def launcher_gone(self, reason: str, others_s: float) -> None:
         lost = f"its agent: {reason}"
-        told = self.spawn(self._tell_gone(lost), "last word")
+        clock = asyncio.get_running_loop().time
+        until = clock() + others_s + _LAST_WORD_S
+        self._directed.clear()
+        told = self.spawn(self._tell_gone(lost, others_s), "last word")
         await self._supervisor.leave(_LEAVE_GRACE_S)
-        await asyncio.wait({told}, timeout=_LAST_WORD_S)
+        over: list[asyncio.Future[Any]] = [told, self._supervisor.ended]
+        await asyncio.wait(over, timeout=until - clock(), return_when=asyncio.FIRST_COMPLETED)
         await self._leave(reason, 0.0, lost=lost)
 
-    async def _tell_gone(self, cause: str) -> None:
-        # The launcher may know better why, and what ends us may end the first agent as well.
-        await asyncio.sleep(_OTHERS_FIRST_S)
+    async def _tell_gone(self, cause: str, others_s: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(others_s):
+                await (
+                    self._directed.wait()
+                )  # the first agent has heard why, or lost the launcher, too
         await self.ask("membership", {"op": "gone", "cause": cause})
 
     async def _leave(self, reason: str, grace_s: float, **more: Any) -> None:

@@ -51,8 +51,6 @@ def _is_free(port: int) -> bool:
         try:
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 probe.bind((host, port))
         except OSError as error:
             if family == socket.AF_INET6 and error.errno in (97, 99):  # no IPv6 on this host

@@ -73,8 +73,8 @@ class Supervision:
     """The machine "supervision".
 
     Operations: begin{agents, roles, stop_timeout_s, restart_timeout_s, timeout_s?}, exited{name,
-    incarnation, pid, code, signal, cause, at, seen, error, step} -> {final}, stop{reason, code, seen},
-    kill{reason, code, seen}, status{} -> {stage, since_s, code, reason, roles}.
+    incarnation, pid, code, signal, cause, at, seen, error, step, stopped} -> {final}, stop{reason, code},
+    kill{reason, code}, status{} -> {stage, since_s, code, reason, roles}.
     A role is {name, policy, max, driver, actors: [{name, rank, agent, host}]}; `agents` are all of the job's.
     Directives: start{role, attempt, actors: {name: incarnation}}, stop{names, grace_s, why},
     kill{names}, end{code, reason, first, others}.
@@ -208,15 +208,13 @@ class Supervision:
         return effects + _answer(call, {"final": final})
 
     def _stop(self, message: Message, call: Call | None, now: float) -> list[Effect]:
-        seen = message.get("seen")
-        effects = self._stop_all(text(message, "reason"), whole(message, "code"), seen)
+        effects = self._stop_all(text(message, "reason"), whole(message, "code"))
         return effects + _answer(call, {})
 
     def _kill(self, message: Message, call: Call | None, now: float) -> list[Effect]:
         effects: list[Effect] = []
         if self._stage in ("running", "finishing"):
-            seen = message.get("seen")
-            effects += self._stop_all(text(message, "reason"), whole(message, "code"), seen)
+            effects += self._stop_all(text(message, "reason"), whole(message, "code"))
         alive = self._alive()
         for actor in alive:
             actor.state = "killed"
@@ -251,10 +249,11 @@ class Supervision:
         seen = float(report.get("seen") or 0.0)
         at = float(report.get("at") or seen)
         number = whole(report, "signal", 0)
+        if asked and report.get("stopped") and number == _SIGTERM and not error:
+            return False  # its agent had asked it: no need to compare the clocks of two hosts
         # Of a lost host nobody knows when it went, and what others fail with may well come of that: it
-        # counts, and before them, unless it was to stop for another reason than a failure.
-        lost = bool(report.get("lost")) and self._code is None
-        if asked and role.stop_seen is not None and not lost:
+        # counts, and before them.
+        if asked and role.stop_seen is not None and not report.get("lost"):
             # Before the stop could have reached it, or by somebody else's signal a moment later.
             foreign = not error and number not in (0, _SIGTERM) and not killed
             slack = SIGNAL_HEAD_START_S if foreign else 0.0
@@ -315,19 +314,17 @@ class Supervision:
 
     # -- stopping -----------------------------------------------------------------------------
 
-    def _stop_all(
-        self, reason: str, code: int | None = None, seen: float | None = None
-    ) -> list[Effect]:
-        """Without `code` the job fails: with what code is decided when everybody has ended."""
+    def _stop_all(self, reason: str, code: int | None = None) -> list[Effect]:
+        """Without `code` the job fails: with what code is decided when everybody has ended. With one, nobody
+        asks any more who failed."""
         if self._stage not in ("running", "finishing"):
             return []
         self._enter("stopping")
         self._reason, self._code = reason, code
         alive = self._alive()
         for role in self._roles.values():
-            role.restarting = False
             if role.stop_seen is None:
-                role.stop_seen = self._seen if seen is None else seen
+                role.stop_seen = self._seen
         return self._stop_actors(alive, self._stop_timeout_s, reason) + self._maybe_end()
 
     def _stop_actors(self, actors: Iterable[_Actor], grace_s: float, why: str) -> list[Effect]:

@@ -86,6 +86,7 @@ class Supervisor(aio.Service):
         """The newest that was to be started, by actor."""
         self._left = False
         self._fewer = asyncio.Event()
+        self._ahead_s = assignment.clock_ahead_s
         self._processes: dict[str, _Process] = {}
         self._starts: dict[str, asyncio.Task[None]] = {}
         self._tails: dict[tuple[str, int], Capture] = {}
@@ -259,7 +260,9 @@ class Supervisor(aio.Service):
         if end.exit.signal == signal.SIGKILL and oom_kills() > process.oom_kills:
             cause += " (out of memory: the cgroup's oom_kill count rose)"
         known = {"pid": process.watch.pid, "error": end.report.error, "step": end.report.step}
-        report = _exited(name, incarnation, end.exit, cause=cause, at=end.at, seen=end.seen)
+        times = {"at": end.at - self._ahead_s, "seen": end.seen - self._ahead_s}
+        stopped = process.kill_timer is not None
+        report = _exited(name, incarnation, end.exit, cause=cause, stopped=stopped, **times)
         if end.exit != spawn.Exit():
             spawn.kill_session(process.watch.pid)
         gone = {"op": "exited", "name": name, "incarnation": incarnation, "peer": spec.peer}
@@ -281,7 +284,7 @@ class Supervisor(aio.Service):
     def _report_unstarted(
         self, incarnations: Mapping[str, int], exit: spawn.Exit, reason: str
     ) -> None:
-        now = wall_clock()
+        now = wall_clock() - self._ahead_s
         for name, incarnation in incarnations.items() if not self._left else ():
             if name in self._processes:  # this one was started before the start failed
                 self._processes[name].watch.kill()

@@ -46,7 +46,8 @@ class ControlClient(Service):
     `me`: which actor this process is (None: not an actor; it then hears nothing of the others), `incarnation`
     the number of its start, `actors` the plan. `patience`: seconds for which a
     question is repeated when the control plane cannot be reached. `told` gets what machines send to this
-    process, each message once and in order; it counts as taken when what `told` gives has been awaited.
+    process, each message once and in order; it counts as taken when what `told` gives has been awaited, and
+    what comes of that is the answer.
     """
 
     def __init__(
@@ -233,8 +234,9 @@ class ControlClient(Service):
         with suppress(RuntimeFault):  # it is said in the midst of a cancellation, which must go on
             self._endpoint.cast(self._control, "control.cancelled", (number,))
 
-    async def _on_told(self, number: int, message: dict[str, Any]) -> None:
+    async def _on_told(self, number: int, message: dict[str, Any]) -> object:
         if number > self._heard and self.told is not None:  # else it comes a second time
             self._heard = number
             if (taken := self.told(message)) is not None:
-                await taken
+                return await taken
+        return None

@@ -52,10 +52,12 @@ class LogClock:
 
 
 class _Courier:
-    """Takes messages to one agent, in their order."""
+    """Takes messages to one agent, in their order; what it says to them goes to `answered`."""
 
-    def __init__(self, endpoint: Endpoint, agent: PeerAddress) -> None:
-        self._endpoint, self._agent = endpoint, agent
+    def __init__(
+        self, endpoint: Endpoint, agent: PeerAddress, answered: Callable[[Any], None]
+    ) -> None:
+        self._endpoint, self._agent, self._answered = endpoint, agent, answered
         self.messages: asyncio.Queue[Message] = asyncio.Queue()
         self.task: asyncio.Task[None] | None = None
 
@@ -66,7 +68,9 @@ class _Courier:
             number += 1
             while True:
                 try:
-                    await self._endpoint.call(self._agent, "control.told", (number, message))
+                    told = (number, message)
+                    answer = await self._endpoint.call(self._agent, "control.told", told)
+                    self._answered(answer)
                 except PeerLostError:  # until membership gives the agent up
                     await backoff.wait()
                     continue
@@ -102,6 +106,8 @@ class ControlService(Service):
         self._heartbeat_interval = heartbeat_interval
         self.progress: Callable[[], Message] = dict
         """How far the workers of the hosting agent are: asked at each heartbeat."""
+        self.answered: Callable[[Any], None] = lambda answer: None
+        """Gets what an agent says to a message that it was sent, when it has taken it."""
         self._driver: Driver | None = None
         self._waiting: dict[Call, list[asyncio.Future[Any]]] = {}
         self._couriers: dict[str, _Courier] = {}
@@ -236,7 +242,9 @@ class ControlService(Service):
             address = PeerAddress(
                 event["peer"], event["address"], "@agent", event["node_rank"], event["host"]
             )
-            courier = self._couriers[address.peer] = _Courier(self._endpoint, address)
+            courier = self._couriers[address.peer] = _Courier(
+                self._endpoint, address, self.answered
+            )
             courier.task = self.serve(courier.run(), f"courier to {address.peer}")
         elif event.get("kind") == "lost":
             if (gone := self._couriers.pop(event["peer"], None)) is not None and gone.task:

@@ -21,7 +21,7 @@ _LOOPBACK_NET, _SCOPE_HOST, _SCOPE_LINK = 127, "10", "20"
 def look_around(options: LaunchOptions) -> Facts:
     """What this machine and its environment are."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    files = {path: _read(path) for path in needed_files(options)}
+    files = {path: _read(path, path == options.hostfile) for path in needed_files(options)}
     named = " ".join((options.hosts or "", files.get(options.hostfile or "", "")))
     return Facts(
         job_id=f"{stamp}-{os.urandom(2).hex()}",
@@ -47,12 +47,13 @@ def gpu_count() -> int:
     return min(found, len([word for word in visible.split(",") if word.strip() not in ("", "-1")]))
 
 
-def _read(path: str) -> str:
+def _read(path: str, of_hosts: bool) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        hint = "; hosts themselves go after --hosts" if of_hosts and {",", ":"} & set(path) else ""
+        raise ConfigError(f"cannot read {path}: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read {path}: not UTF-8 text ({error.reason})") from error
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -15,6 +18,7 @@ from runtime.launcher.plan import Plan
 
 ADDRESS_LIMIT = 107
 _LONGEST_NAME = 24
+_OLD_S = 600.0
 
 
 class Embedded(NamedTuple):
@@ -36,7 +40,8 @@ class Assignment:
     Of a job of several hosts: `node_rank` is the host's place in `plan.hosts`, `address` the IP address that
     the others reach it by ("" on one-host jobs: no TCP at all), `accept_from` those of all hosts of the
     job and of the launcher, `security` a `transport.security.Security`. `detached`: the agent goes on when
-    its input ends; `embedded`: somebody else starts the workers.
+    its input ends; `embedded`: somebody else starts the workers. `clock_ahead_s`: how far the host's clock is
+    ahead of the launcher's, which tells the times of the job.
     """
 
     plan: Plan
@@ -59,6 +64,7 @@ class Assignment:
     detached: bool = False
     embedded: Embedded | None = None
     drain_timeout_s: float = 60.0
+    clock_ahead_s: float = 0.0
 
     @property
     def log_folder(self) -> str:
@@ -97,8 +103,28 @@ def make_job_dir(path: str) -> None:
                     f"{found.st_mode & 0o777:o}); remove it, or set XDG_RUNTIME_DIR"
                 )
         os.mkdir(path, 0o700)
+        if shared:
+            _sweep(above, os.stat(path).st_mtime)
     except OSError as error:
         raise ConfigError(f"cannot make the job's folder {path}: {error.strerror}") from error
+
+
+def _sweep(above: str, now: float) -> None:
+    """Remove what jobs have left here whose host lost its power: old folders in which nobody listens."""
+    for folder in os.scandir(above):
+        with suppress(OSError):  # its job ends just now
+            if now - folder.stat().st_mtime > _OLD_S and not any(map(_listens, _inside(folder))):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _inside(folder: os.DirEntry[str]) -> list[str]:
+    return [os.path.join(folder, name) for name in os.listdir(folder)]
+
+
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.setblocking(False)
+        return asking.connect_ex(path) != errno.ECONNREFUSED
 
 
 def remove_job_dir(path: str) -> None:

@@ -79,6 +79,10 @@ class Frames(Protocol):
     def pids(self) -> Sequence[int]:
         """Local processes that carry other links, which live as long as those."""
 
+    @property
+    def held(self) -> bool:
+        """Whether what the other side said waits behind what is not read here."""
+
     def send(self, kind: Kind, body: bytes) -> None: ...
     def send_message(self, kind: Kind, message: dict[str, Any]) -> None: ...
     async def drain(self) -> None: ...
@@ -88,6 +92,8 @@ class Frames(Protocol):
 
 class Channel:
     """Frames over two file descriptors, which it owns from `open` on. Used on one event loop."""
+
+    held = False
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import gc
 import importlib
 import io
 import os
@@ -169,10 +170,13 @@ def exec_program(argv: Sequence[str]) -> int:
 
 def import_quietly(name: str) -> None:
     """Import a module of the preload list; one that fails is left to the program, which shows why."""
+    gc.disable()  # it would take a seventh of torch's time, and find nothing
     try:
         importlib.import_module(name)
     except Exception as error:  # noqa: BLE001 - a module's own code may raise anything
         sys.stderr.write(f"runtime: cannot preload {name!r}: {type(error).__name__}: {error}\n")
+    finally:
+        gc.enable()
 
 
 def _default_signals() -> None:

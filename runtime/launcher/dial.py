@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import secrets
 import sys
 from collections.abc import Sequence
@@ -19,11 +20,21 @@ from runtime.launcher import greeting, slurm, spawn, ssh
 from runtime.launcher.channel import Kind
 from runtime.launcher.link import AgentLink, HostsFailed
 from runtime.launcher.plan import Host
+from runtime.launcher.records import Way
 from runtime.launcher.relay import Branch, Trunk, grow
 from runtime.launcher.ssh import DialSettings, Failure
 
+_IN = ("sh", "-c", 'cd "$0"; exec "$@"')
+"""Files that ssh is told of may be meant from there."""
+_BUSY_S = (1.0, 3.0)
+"""So long after it turned us away a host is dialled again."""
+_AFTER_DIAL_S = 60.0
+"""An agent whose job has not come so long after all must have been dialled goes: if who dialled it has lost its
+power, nothing else tells it for hours."""
 _SSH_FIRST = 0.9
 """Of the time that a dial has, ssh may take so much: then the reason is its own."""
+_ADDRESSES = 2
+"""A name may stand for so many, of which only the last is alive: ssh tries each as long as it may try at all."""
 
 
 async def dial_all(
@@ -67,14 +78,14 @@ class _Dials:
         """Dial them all; what fails is kept for `check`."""
         remote = [host for host in hosts if not host.local]
         branches = tuple(Branch(host) for host in hosts)
-        if len(remote) >= self._settings.tree_from:
+        if len(hosts) >= self._settings.tree_from:
             branches = (
                 *(Branch(host) for host in hosts if host.local),
                 *grow(remote, self._settings.fan_out),
             )
             self._connect_s /= 1 + _depth(branches)  # one more for what is dialled a second time
         else:
-            self._connect_s /= -(-len(hosts) // self._settings.at_once)
+            self._connect_s /= max(_ADDRESSES, -(-len(hosts) // self._settings.at_once))
         async with asyncio.TaskGroup() as group:
             for branch in branches:
                 group.create_task(self._branch(branch, None), name=f"dial {branch.host.name}")
@@ -120,6 +131,11 @@ class _Dials:
             failure = await self._try(host, trunk, until)
         if trunk is None or (failure is not None and failure.unreachable):
             failure = await self._try(host, None, self._until)
+            for pause_s in _BUSY_S:
+                if failure is None or not ssh.is_busy(failure):
+                    break
+                await asyncio.sleep(random.uniform(0.5, 1) * pause_s)
+                failure = await self._try(host, None, self._until)
         if failure is not None:
             self._failures[host.name] = failure
 
@@ -127,15 +143,19 @@ class _Dials:
         """One way to reach a host: a link to its greeted agent, or why not."""
         attempt = _Attempt(host, self._settings)
         try:
-            async with asyncio.timeout_at(until), self._gate if trunk is None else nullcontext():
+            limit = asyncio.timeout_at(until)
+            async with limit, self._gate if trunk is None else nullcontext():
                 if host.local:
                     agent, self._own = self._own or spawn.start_agent(), None
                     attempt.link = await AgentLink.of_agent(host, agent)
                 else:
                     await attempt.interpreter(trunk, self._connect_s)
+                # It is there, perhaps slow. It may be who carries the link that hangs: then it is our turn.
+                limit.reschedule(max(until, self._until - self._connect_s))
                 await attempt.greeted()
         except TimeoutError:
-            reason = f"no answer within {self._settings.timeout_s:g} s (waited for {attempt.stage})"
+            waited = f"waited for {attempt.stage}{attempt.heard()}"
+            reason = f"no answer within {self._settings.timeout_s:g} s ({waited})"
             failure = Failure(host.name, reason, True)
         except HostsFailed as error:
             (failure,) = error.failures
@@ -165,13 +185,16 @@ class _Attempt:
         """Start the interpreter there. It must be like ours."""
         host, token = self._host, secrets.token_hex(8)
         env = self._settings.env
-        command = ssh.remote_command(self._python, spawn.GUARDED_AGENT, token, env)
+        agent = spawn.guarded_agent(int(self._settings.timeout_s + _AFTER_DIAL_S))
+        command = ssh.remote_command(self._python, agent, token, env)
         argv = carried(host, self._settings, command, connect_s)
         self.stage = f"ssh and {self._python}"
         if trunk is None:
             link = self.link = await AgentLink.through(host, argv)
         else:
             link = self.link = trunk.dial(host, argv, token)
+        if self._settings.carrier == "ssh":
+            link.way = Way(self._python, (*_IN, self._settings.workdir, *argv[:-1]))
         version, noise = await link.marker(token)
         if version is None:
             raise await self._ended(noise)
@@ -184,11 +207,18 @@ class _Attempt:
         """Ask the agent what it is."""
         assert self.link is not None
         self.stage = "its agent"
+        asked = greeting.now()
         self.link.channel.send_message(Kind.COMMAND, self._settings.greeting)
         frame = await self.link.channel.receive()
         if frame is None:
             raise await self._ended("")
-        self.link.hello = greeting.read_hello(frame)
+        hello = self.link.hello = greeting.read_hello(frame)
+        self.link.ahead_s = greeting.ahead_s(hello.clock, asked, greeting.now())
+
+    def heard(self) -> str:
+        """What may tell why nothing comes: a question that a start-up file asks, what `srun` waits for."""
+        said = (self.link.noise or self.link.last_words()) if self.link else ""
+        return f"; it said {said!r}" if said else ""
 
     async def _ended(self, noise: str) -> HostsFailed:
         assert self.link is not None

@@ -65,6 +65,12 @@ def _text(text: str) -> str:
     return text
 
 
+def _path(text: str) -> str:
+    import os
+
+    return os.path.expanduser(_text(text))  # few shells do that after a "="
+
+
 def _id(text: str) -> str:
     if not text.isascii() or not all(c.isalnum() or c in "._-" for c in text) or len(text) > 64:
         raise ValueError("must be at most 64 letters, digits, '.', '_' and '-'")
@@ -227,10 +233,10 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "What runs": (
         Flag("-m --module", "the program is a module, as with python -m"),
         Flag("--entry", "a function or a class", "PKG.MOD:OBJ", _text, "entry_text"),
-        Flag("--job", "a job of several roles", "FILE", _text, "job_file"),
+        Flag("--job", "a job of several roles", "FILE", _path, "job_file"),
         Flag("--no-python", "the program is an executable, not a Python script"),
-        Flag("--python", "the interpreter of the workers (this one)", "PATH", _text),
-        Flag("--workdir", "the directory that workers start in (this one)", "DIR", _text),
+        Flag("--python", "the interpreter of the workers (this one)", "PATH", _path),
+        Flag("--workdir", "the directory that workers start in (this one)", "DIR", _path),
     ),
     "How many": (
         Flag("--nproc-per-node --num-gpus", "workers on a host (its slots, else 1)",
@@ -243,7 +249,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
     "Where": (
         Flag("--hosts", "hosts with their slots; gpu[01-04]:8 is four", "H1:8,H2:8", _text),
-        Flag("-H --hostfile", "one host a line: host slots=8, host:8", "FILE", _text),
+        Flag("-H --hostfile", "one host a line: host slots=8, host:8", "FILE", _path),
         Flag("-i --include", "only these hosts, or these slots of them", "H1@H2:0,2", _text),
         Flag("-e --exclude", "all but these", "H1@H2:0,2", _text),
         Flag("--launcher",
@@ -253,9 +259,9 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
              "interfaces, networks or addresses that hosts talk by (found by trying)",
              "NAME|CIDR|ADDR,…", _ifaces, "iface"),
         Flag("--connect-timeout", "every host must have answered by then (30)", "SECONDS", _seconds),
-        Flag("--sync", "copy this directory's changed files to the hosts first", "DIR", _text),
+        Flag("--sync", "copy this directory's changed files to the hosts first", "DIR", _path),
         Flag("--ssh-port", "port of ssh on the hosts", "PORT", _whole(1, 65535)),
-        Flag("--ssh-config", "ssh's configuration file, instead of the user's", "FILE", _text),
+        Flag("--ssh-config", "ssh's configuration file, instead of the user's", "FILE", _path),
         Flag("--ssh-args", "more options of ssh: --ssh-args='-i KEY -J GATE'", "WORDS", _command_words),
         Flag("--slurm-args", "more options of sbatch: --slurm-args='-p gpu -t 4:00:00'", "WORDS",
              _command_words),
@@ -274,7 +280,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "Environment of the workers": (
         Flag("-x --env", "set a variable, or pass this shell's on; repeatable", "NAME[=VALUE]",
              _assignment, many=True),
-        Flag("--env-file", "variables from a file of NAME=VALUE lines; repeatable", "FILE", _text,
+        Flag("--env-file", "variables from a file of NAME=VALUE lines; repeatable", "FILE", _path,
              "env_files", many=True),
         Flag("--init-process-group", "set up torch.distributed before a script runs"),
         Flag("--preload", "modules imported once, before workers are forked; none; repeatable",
@@ -288,7 +294,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
              "8GiB|512MiB|…", _size),
     ),
     "Output": (
-        Flag("--log-dir", "where the log files go", "DIR", _text),
+        Flag("--log-dir", "where the log files go", "DIR", _path),
         Flag("-r --redirects", "streams that go to files only", "0-3|RANK:N,…", _streams),
         Flag("-t --tee", "streams that go to files and the console", "0-3|RANK:N,…", _streams),
         Flag("--local-ranks-filter", "only these local ranks on the console", "0,1", _ranks),
@@ -311,7 +317,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
              "SECONDS", _seconds),
     ),
     "The launcher itself": (
-        Flag("--config", "settings (./runtime.toml, if there)", "FILE", _text, "config_file"),
+        Flag("--config", "settings (./runtime.toml, if there)", "FILE", _path, "config_file"),
         Flag("--detach", "leave the job running when the launcher has started it"),
         Flag("--dry-run", "print the plan and start nothing"),
         Flag("--json", "the plan as JSON"),

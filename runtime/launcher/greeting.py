@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from runtime.errors import WireError
+from runtime.launcher import spawn
 from runtime.launcher.channel import Channel, Frame, Frames, Kind
 from runtime.launcher.ssh import Failure
 from runtime.wire.frames import VERSION
@@ -23,6 +26,7 @@ class Hello(NamedTuple):
     """What a host is. `torch` None: none there. `problems`: what it was asked for and lacks, in words.
 
     `addresses`: (interface, address) of each that others might reach. `ssh_client`: where ssh came from.
+    `process`: its agent's pid and `ProcessInfo.started`. `clock`: its time, in seconds since the epoch.
     """
 
     hostname: str
@@ -35,6 +39,8 @@ class Hello(NamedTuple):
     addresses: tuple[tuple[str, str], ...] = ()
     problems: tuple[str, ...] = ()
     ssh_client: str = ""
+    process: tuple[int, int] = (0, 0)
+    clock: float = 0.0
 
 
 def describe(asked: Mapping[str, Any]) -> Hello:
@@ -52,6 +58,8 @@ def describe(asked: Mapping[str, Any]) -> Hello:
         addresses=tuple(around.interfaces()),
         problems=tuple(_problems(asked)),
         ssh_client=os.environ.get("SSH_CONNECTION", "").partition(" ")[0],
+        process=spawn.own_process(),
+        clock=now(),
     )
 
 
@@ -67,17 +75,26 @@ def _torch_version() -> str | None:
 def _problems(asked: Mapping[str, Any]) -> list[str]:
     found = []
     workdir = asked.get("workdir", "")
-    if workdir and not os.path.isdir(workdir):
-        found.append(f"no such directory: {workdir}")
+    if workdir and (why := _lack(workdir, folder=True)):
+        found.append(f"{why}: {workdir}")
     elif workdir and not os.access(workdir, os.X_OK):
         found.append(f"directory cannot be entered: {workdir}")
     for python in asked.get("python", ()):
         if shutil.which(python) is None:
             found.append(f"no interpreter {python}")
     for path in asked.get("paths", ()):
-        if not os.path.exists(os.path.join(workdir, path)):
-            found.append(f"no such file or directory: {path}")
+        if why := _lack(os.path.join(workdir, path)):
+            found.append(f"{why}: {path}")
     return found
+
+
+def _lack(path: str, *, folder: bool = False) -> str:
+    """Why there is no such thing for us: in somebody's home, on a server that is gone. "" if there is."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return os.strerror(error.errno or 0).lower()
+    return "no directory" if folder and not stat.S_ISDIR(mode) else ""
 
 
 def read_hello(frame: Frame | None) -> Hello:
@@ -88,7 +105,9 @@ def read_hello(frame: Frame | None) -> Hello:
     try:
         hello = Hello(**message)
         addresses = tuple((str(name), str(address)) for name, address in hello.addresses)
-        return hello._replace(addresses=addresses, problems=tuple(map(str, hello.problems)))
+        pid, started = map(int, hello.process)
+        problems = tuple(map(str, hello.problems))
+        return hello._replace(process=(pid, started), addresses=addresses, problems=problems)
     except (TypeError, ValueError) as error:
         raise WireError("no greeting", str(error)) from None
 
@@ -114,6 +133,17 @@ async def meet(channel: Channel, frame: Frame) -> tuple[Frames, Frame | None]:
         await probe.serve(after.message(), relay)
         after = await relay.receive()
     return relay, after
+
+
+def now() -> float:
+    """This host's clock: seconds since the epoch."""
+    return datetime.now(UTC).timestamp()
+
+
+def ahead_s(clock: float, asked: float, heard: float) -> float:
+    """How far a clock is ahead (or, negative, behind) of ours at least, which was read between `asked` and
+    `heard`: 0 where it may be right."""
+    return min(0.0, clock - asked) + max(0.0, clock - heard)
 
 
 def check(hellos: Mapping[str, Hello], own: Hello) -> list[Failure]:

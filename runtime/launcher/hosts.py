@@ -68,7 +68,7 @@ def parse_hostfile(text: str, source: str) -> tuple[Host, ...]:
     hosts: list[Host] = []
     lines: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        words = line.partition("#")[0].split()
+        words = re.sub(r"\s*=\s*", "=", line.partition("#")[0]).split()
         if not words:
             continue
         try:
@@ -238,6 +238,8 @@ def _selected(item: str) -> tuple[list[str], frozenset[int] | None]:
         raise ValueError(item)
     name = match["name"]
     names = [name[1:-1]] if ":" in name else expand_range(name)
+    if not all(re.fullmatch(f"{_NAME}|{_IPV6}", name) for name in names):
+        raise ValueError(item)
     return names, frozenset(map(int, match["slots"].split(","))) if match["slots"] else None
 
 

@@ -15,20 +15,21 @@ import re
 import shutil
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from runtime.errors import ConfigError, MisuseError
 from runtime.launcher.outcome import FILE as OUTCOME
 from runtime.launcher.outcome import keep, read_kept
-from runtime.launcher.records import Ended, JobEndpoint
+from runtime.launcher.records import Ended, JobEndpoint, JobHost, Way
 from runtime.launcher.report import Outcome
 
 _FILE = "endpoint.json"
 _CONNECT_S = 1.0
+_AT_ONCE = 32
 _ENDED_KEPT_S = 14 * 86400.0
 _LARGEST = 16 * 1024 * 1024
 
@@ -43,7 +44,7 @@ def folder(job_id: str = "") -> str:
 
 def register(endpoint: JobEndpoint) -> None:
     """Write a job's file. Raises `ConfigError` naming it when that cannot be done."""
-    record = endpoint._asdict()
+    record = endpoint._asdict() | {"hosts": [host._asdict() for host in endpoint.hosts]}
     if endpoint.security is not None:
         public, secret, _ = endpoint.security
         record["security"] = [public.hex(), secret.hex()]
@@ -91,7 +92,7 @@ def read(job_id: str) -> JobEndpoint:
         if keys is not None:
             public, secret = (bytes.fromhex(key) for key in keys)
             keys = public, secret, frozenset((public,))
-        hosts = tuple(record.pop("hosts"))
+        hosts = tuple(map(_host, record.pop("hosts")))
         endpoint = JobEndpoint(**record, hosts=hosts, security=keys)
         float(endpoint.started)
         if endpoint.job_id != job_id:
@@ -127,19 +128,18 @@ def find(which: str | None) -> JobEndpoint:
     if not meant:
         what = f"no job {which!r}" if which is not None else "no job"
         raise MisuseError("\n".join((f"{what} was launched from here by this user", *refused)))
-    running = (e for e in meant if outcome(e) is None and answers(e))
-    found = next(running, meant[0])
-    if which is not None and (others := list(running)):
-        raise MisuseError(_several(which, [found, *others]))
-    return found
+    runs = running(meant)
+    if which is not None and len(runs) > 1:
+        raise MisuseError(_several(which, runs))
+    return (runs or meant)[0]
 
 
 def detached_text(endpoint: JobEndpoint) -> str:
     """What a user is to know of a job that goes on by itself."""
     job, command = endpoint.job_id, "python -m runtime"
     lines = [
-        f"runtime: job {job} runs on {', '.join(endpoint.hosts)} by itself",
-        f"  logs    {endpoint.log_dir}",
+        f"runtime: job {job} runs on {', '.join(endpoint.names)} by itself",
+        f"  logs    {endpoint.log_dir}{' on each host' if len(endpoint.hosts) > 1 else ''}",
         f"  see it  {command} status {job}",
         f"          {command} logs -f {job}",
         f"  end it  {command} stop {job}",
@@ -147,11 +147,24 @@ def detached_text(endpoint: JobEndpoint) -> str:
     return "\n".join(lines) + "\n"
 
 
+def is_here(endpoint: JobEndpoint, host: JobHost) -> bool:
+    """Whether this machine is that host of the job."""
+    return host.local and endpoint.machine in ("", socket.gethostname())
+
+
+def running(endpoints: Sequence[JobEndpoint]) -> list[JobEndpoint]:
+    """Those of which nobody knows here that they have ended, and whose control plane answers. Takes as long as
+    the slowest of them: a second an address."""
+    open = [endpoint for endpoint in endpoints if outcome(endpoint) is None]
+    with ThreadPoolExecutor(_AT_ONCE, "look") as pool:
+        return [e for e, found in zip(open, pool.map(answers, open), strict=True) if found]
+
+
 def answers(endpoint: JobEndpoint) -> bool:
     """Does anybody listen where the job's control plane did? Waits for at most a second an address."""
     for text in re.split(r" +(?=[a-z]+://)", endpoint.address):
         scheme, _, target = text.partition("://")
-        if scheme == "ipc" and endpoint.machine not in ("", socket.gethostname()):
+        if scheme == "ipc" and not is_here(endpoint, endpoint.hosts[0]):
             continue  # a path of another machine
         try:
             _connect(scheme, target)
@@ -163,28 +176,27 @@ def answers(endpoint: JobEndpoint) -> bool:
 
 def clean(now: float) -> None:
     """Forget jobs that began two weeks before `now` or earlier and do not run any more."""
-    for endpoint in known()[0]:
-        if endpoint.started < now - _ENDED_KEPT_S and not answers(endpoint):
-            forget(endpoint.job_id)
+    old = [endpoint for endpoint in known()[0] if endpoint.started < now - _ENDED_KEPT_S]
+    for endpoint in set(old).difference(running(old)):
+        forget(endpoint.job_id)
 
 
 def outcome(endpoint: JobEndpoint) -> Ended | None:
     """How a job ended; None while it runs, and when nobody was left to say."""
     for where in (endpoint.log_dir, folder(endpoint.job_id)):
-        try:
-            kept = read_kept(where, endpoint.peer)
-            at = os.stat(os.path.join(where, OUTCOME)).st_mtime if kept else 0.0
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue
-        if kept is not None:
-            return Ended(kept, at)
+        if (kept := read_kept(where, endpoint.peer)) is not None:
+            return kept
     return None
 
 
-def remember(endpoint: JobEndpoint, how: Outcome) -> None:
-    """Write down here how a job ended, where its first agent could not, or on another machine. Raises `OSError`."""
+def remember(endpoint: JobEndpoint, how: Outcome, at: float | None = None) -> None:
+    """Write down here how a job ended, where its first agent could not, or on another machine; `at`: when, if that
+    is not now. On a disk that takes nothing it is not remembered."""
     if outcome(endpoint) is None:
-        keep(replace(how, log_dir=folder(endpoint.job_id)), endpoint.peer)
+        where = folder(endpoint.job_id)
+        with suppress(OSError):
+            keep(how, endpoint.peer, where)
+            os.utime(os.path.join(where, OUTCOME), (at, at) if at else None)
 
 
 # Inside
@@ -198,6 +210,13 @@ def _connect(scheme: str, target: str) -> None:
     else:
         host, _, port = target.partition("?")[0].rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+
+
+def _host(record: dict[str, Any]) -> JobHost:
+    way, ranks = record.pop("way"), tuple((role, rank) for role, rank in record.pop("ranks"))
+    pid, started = record.pop("process")
+    found = None if way is None else Way(way[0], tuple(way[1]))
+    return JobHost(**record, process=(pid, started), ranks=ranks, way=found)
 
 
 def _made(job_id: str) -> str:

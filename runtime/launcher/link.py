@@ -21,6 +21,7 @@ from runtime.launcher.watch import Watch
 
 if TYPE_CHECKING:  # jobs of one host do without
     from runtime.launcher.greeting import Hello
+    from runtime.launcher.records import Way
     from runtime.launcher.ssh import Failure, LastWords
 
 UNREACHABLE, REFUSED, _LOST = 69, 2, 255
@@ -73,13 +74,23 @@ class AgentLink:
     """One agent: its host, the frames to and from it, and the local process that carries them.
 
     `exit` is done when that process (the agent itself, or the ssh client) has ended; `stderr` holds the last
-    lines that it said. A link that goes through another agent has no process: `pid` is 0, and `exit` is done
-    when that agent says so.
+    lines that it said. `way` leads to the host another time (None: no need, or not from elsewhere).
+
+    A link that goes through another agent has no process: `pid` is 0, and `exit` is done when that agent says
+    so; `via` names its host, in words. `late_s`: how much later than others such a link is missed.
     """
+
+    via = ""
+    late_s = 0.0
+    ahead_s = 0.0
+    """How far the host's clock is ahead of ours."""
+    noise = ""
+    """The last line before the marker."""
 
     def __init__(self, host: Host, channel: Frames, pid: int = 0) -> None:
         self.host, self.channel, self.pid = host, channel, pid
         self.hello: Hello | None = None
+        self.way: Way | None = None
         self.exit: asyncio.Future[spawn.Exit] = asyncio.get_running_loop().create_future()
         self.told: tuple[str, ...] = ()
         self._watch = Watch(pid, self._process_ended) if pid else None
@@ -123,13 +134,13 @@ class AgentLink:
         from runtime.launcher import ssh
 
         assert isinstance(self.channel, Channel)  # other links' markers are their relay's business
-        noise, read = b"", 0
+        read = 0
         while read < _NOISE_BYTES and (line := await self.channel.line()):
             version = ssh.marked_version(line, token)
             if version is not None:
-                return version, _text(noise)
-            noise, read = line, read + len(line)
-        return None, _text(noise)
+                return version, self.noise
+            self.noise, read = _text(line), read + len(line)
+        return None, self.noise
 
     @property
     def stderr(self) -> tuple[str, ...]:

@@ -85,6 +85,12 @@ def read(
     return Batch(pieces, after, more)
 
 
+def ranks(folder: str) -> set[tuple[str, int]]:
+    """Of whom there is output in that folder, whose path may begin with "~"."""
+    found = _files(os.path.expanduser(folder), Query(), None)
+    return {(file.role, file.rank) for file in found}
+
+
 def _files(folder: str, query: Query, ranks: Collection[tuple[str, int]] | None) -> Iterator[_File]:
     role = "*" if query.role is None else glob.escape(query.role)
     rank = "*" if query.rank is None else str(query.rank)

@@ -1,7 +1,7 @@
 """What the end of a job means for the box and the exit code, and how that travels.
 
-The first agent makes an `Outcome` of the directive that ends the job, and keeps it in the job's log folder for
-who asks later; the agents of other hosts add the last lines of workers that failed there.
+The first agent makes an `Outcome` of the directive that ends the job, with the last lines of workers that failed
+on other hosts, which the agents there add. It keeps it in the job's log folder for who asks later.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any
 
+from runtime.launcher.records import Ended
 from runtime.launcher.report import TIMED_OUT, End, ErrorFile, Outcome, WorkerFailure, exit_code
 
 _STOP = 143
@@ -22,10 +23,21 @@ _STOPPED: Mapping[int, End] = {
 }  # fmt: skip
 
 
-def outcome_of(end: Mapping[str, Any], base: Outcome) -> Outcome:
-    """The directive "end" as an outcome. `base` says what is known of the job beside it."""
-    failures = [end["first"], *end["others"]] if end["first"] else []
-    told = tuple(_failure(failure) for failure in failures)
+def failures_of(end: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of the directive "end", the first failure and those after it."""
+    return [end["first"], *end["others"]] if end.get("first") else []
+
+
+def outcome_of(
+    end: Mapping[str, Any], base: Outcome, added: Iterable[Mapping[str, Any]] = ()
+) -> Outcome:
+    """The directive "end" as an outcome. `base` says what is known of the job beside it, `added` are failures
+    with what other hosts know of them."""
+    known = {(failure["name"], failure["incarnation"]): failure for failure in added}
+    told = tuple(
+        _failure(known.get((failure["name"], failure["incarnation"]), failure))
+        for failure in failures_of(end)
+    )
     code, reason = end["code"], end["reason"]
     if code == 0:
         return base
@@ -63,19 +75,6 @@ def _failure(failure: Mapping[str, Any]) -> WorkerFailure:
     )
 
 
-def with_lines(outcome: Outcome, others: Iterable[Mapping[str, Any]]) -> Outcome:
-    """The outcome, with what other hosts know of its failures: `others` are failures as in "end"."""
-    known = {(f.name, f.restart_count): f for f in map(_failure, others)}
-
-    def completed(failure: WorkerFailure) -> WorkerFailure:
-        more = known.get((failure.name, failure.restart_count))
-        if failure.log_dir or more is None:
-            return failure
-        return replace(failure, last_lines=more.last_lines, log_dir=more.log_dir)
-
-    return replace(outcome, failures=tuple(map(completed, outcome.failures)))
-
-
 def to_plain(outcome: Outcome) -> dict[str, Any]:
     """As plain data, with the job's exit code beside it."""
     return {"code": exit_code(outcome), **asdict(outcome)}
@@ -98,21 +97,23 @@ def from_plain(state: Mapping[str, Any]) -> Outcome:
     return Outcome(**{**values, "failures": failures})
 
 
-def keep(outcome: Outcome, peer: str) -> None:
-    """Write it into the job's log folder. `peer`: the first agent, which tells this job from an earlier one of
-    its id. Raises `OSError`."""
-    path = os.path.join(outcome.log_dir, FILE)
+def keep(outcome: Outcome, peer: str, folder: str = "") -> None:
+    """Write it into the job's log folder, or that `folder`. `peer`: the first agent, which tells this job from an
+    earlier one of its id. Raises `OSError`."""
+    path = os.path.join(folder or outcome.log_dir, FILE)
     with open(path + ".new", "w", encoding="utf-8") as file:
         json.dump({"peer": peer, **to_plain(outcome)}, file, indent=1)
     os.replace(path + ".new", path)
 
 
-def read_kept(log_dir: str, peer: str = "") -> Outcome | None:
-    """What `keep` wrote, for the job of that first agent if `peer` is given; None where there is none. Raises
-    `OSError`, `ValueError`."""
+def read_kept(folder: str, peer: str) -> Ended | None:
+    """What `keep` wrote there for the job of that first agent, and when. None where there is nothing that can be
+    read."""
+    path = os.path.join(folder, FILE)
     try:
-        with open(os.path.join(log_dir, FILE), encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             record = json.load(file)
-    except FileNotFoundError:
+            at = os.fstat(file.fileno()).st_mtime
+        return Ended(from_plain(record), at) if record.pop("peer") == peer else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return from_plain(record) if record.pop("peer") == peer or not peer else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -262,8 +263,8 @@ def parse_env_file(text: str, source: str) -> dict[str, str]:
 
 
 def _unquoted(value: str) -> str:
-    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-        return value[1:-1]
+    if quoted := re.fullmatch(r"""(["'])(.*?)\1(\s+#.*)?""", value):
+        return quoted[2]
     return value.partition(" #")[0].rstrip()
 
 

@@ -7,22 +7,53 @@ from typing import NamedTuple
 from runtime.launcher.report import Outcome, exit_code
 
 
+class Way(NamedTuple):
+    """How another host is reached: `words` before a shell's command run that there; `python` is to be its
+    interpreter."""
+
+    python: str
+    words: tuple[str, ...]
+
+
+class JobHost(NamedTuple):
+    """One host of a job. `log_dir`: the job's own folder there; `process`: its agent's pid and
+    `ProcessInfo.started`; `ranks`: (role, rank) of the workers there."""
+
+    name: str
+    log_dir: str
+    process: tuple[int, int] = (0, 0)
+    ranks: tuple[tuple[str, int], ...] = ()
+    way: Way | None = None
+    """None: it is the machine that the job was launched from, or nothing leads there but `srun`."""
+    local: bool = True
+    """It is that machine."""
+
+
 class JobEndpoint(NamedTuple):
-    """Where a job is. `started`: seconds since the epoch; `log_dir`: the job's own folder, on the hosts."""
+    """Where a job is. `started`: seconds since the epoch."""
 
     job_id: str
     name: str
     started: float
-    hosts: tuple[str, ...]
+    hosts: tuple[JobHost, ...]
     peer: str
-    """Process id of the agent that has the control plane."""
+    """Process id of the agent that has the control plane, on the first host."""
     address: str
-    log_dir: str
     detached: bool = False
     shutdown_timeout_s: float = 10.0
     machine: str = ""
     """Name of the machine that the job was launched from: an ipc address means that one."""
     security: tuple[bytes, bytes, frozenset[bytes]] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of its hosts."""
+        return [host.name for host in self.hosts]
+
+    @property
+    def log_dir(self) -> str:
+        """The job's own folder on its first host."""
+        return self.hosts[0].log_dir
 
     def __repr__(self) -> str:  # the keys are nobody's business
         return f"JobEndpoint({self.job_id}, {self.address})"
@@ -41,6 +72,13 @@ class Ended(NamedTuple):
     @property
     def stage(self) -> str:
         return "failed" if self.code else "finished"
+
+
+class Missing(NamedTuple):
+    """In place of how a job ended. `stage`: "lost" or "unknown", as in `JobStatus`."""
+
+    stage: str
+    reason: str
 
 
 class WorkerStatus(NamedTuple):
@@ -70,8 +108,9 @@ class HostStatus(NamedTuple):
 
 
 class JobStatus(NamedTuple):
-    """One job. `stage`: "starting", "running", "stopping", "finished", "failed", or "lost" (its control
-    plane is gone without a word); `since`: when that began, seconds since the epoch (0: unknown)."""
+    """One job. `stage`: "starting", "running", "stopping", "finished", "failed", "lost" (its control
+    plane is gone without a word) or "unknown" (who could say that is out of reach); `since`: when that began,
+    seconds since the epoch (0: unknown)."""
 
     stage: str
     exit_code: int | None

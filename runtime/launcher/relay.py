@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import signal
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,11 @@ logger = logging.getLogger(__name__)
 
 _INNER = struct.Struct("!HB")
 _WAITING = 256
-_LINGER_S, _LINGER_ALONE_S = 15.0, 3.0
-"""How long a relay outlives its own agent's work for the links that it carries: while the launcher is there,
-and when it is gone."""
-_MISSED_S = 2.0
+_LINGER_S = 15.0
+"""How long a relay outlives its own agent's work for the links that it carries. They are let go of when the
+launcher is gone."""
+_MISSED_S, _SILENT_S = 2.0, 1.0
+"""The agent that carries a link is to be missed so much before that link: where it is gone, where it is silent."""
 
 
 class Branch(NamedTuple):
@@ -110,6 +112,10 @@ class _Split(aio.Service, ABC):
 
     # -- our own frames -----------------------------------------------------------------------
 
+    @property
+    def held(self) -> bool:
+        return self._channel.held
+
     def send(self, kind: Kind, body: bytes) -> None:
         self._channel.send(kind, body)
 
@@ -133,21 +139,28 @@ class Trunk(_Split):
 
     def __init__(self, host: str, channel: Frames) -> None:
         super().__init__(f"trunk {host}", channel)
-        self._host = host
+        self.host = host
+        self._full = False
         self._numbers = itertools.count()
         self._links: dict[int, RelayedLink] = {}
+
+    @property
+    def held(self) -> bool:
+        return self._full or super().held
 
     def dial(self, host: Host, argv: Sequence[str], token: str) -> RelayedLink:
         """Let the agent run `argv` for us, whose marker has `token`; what comes of it the link tells."""
         number = next(self._numbers)
-        link = self._links[number] = RelayedLink(host, number, self._channel)
+        link = self._links[number] = RelayedLink(host, number, self)
         message = {"op": "dial", "link": number, "host": host.name, "argv": list(argv)}
         self.send_message(Kind.COMMAND, {**message, "token": token})
         return link
 
     async def _relayed(self, number: int, frame: Frame) -> None:
         if (link := self._links.get(number)) is not None:
+            self._full = True
             await link.take(frame)
+            self._full = False
 
     def _told(self, message: Mapping[str, Any]) -> bool:
         match message.get("event"):
@@ -162,12 +175,11 @@ class Trunk(_Split):
         return True
 
     async def _over(self) -> None:
-        # The agent that carried them is to be missed first: it is what happened.
         await asyncio.sleep(_MISSED_S)
         self._end_links()
 
     def _end_links(self) -> None:
-        gone = (f"the link went through host {self._host}, which is gone",)
+        gone = (f"the link went through host {self.host}, which is gone",)
         for link in self._links.values():
             link.end(spawn.Exit(ssh.LOST), gone)
         self._links.clear()
@@ -183,19 +195,22 @@ class RelayedLink(AgentLink):
     """A link that another agent carries. It is its own channel."""
 
     pids: Sequence[int] = ()
+    late_s = _SILENT_S
 
-    def __init__(self, host: Host, number: int, trunk: Frames) -> None:
+    def __init__(self, host: Host, number: int, trunk: Trunk) -> None:
         super().__init__(host, self)
         self._number, self._trunk = number, trunk
+        self.via = f" (its link goes through host {trunk.host})"
         self._waiting: asyncio.Queue[Frame | None] = asyncio.Queue()
         self._taken = asyncio.Event()
         self._version: asyncio.Future[str | None] = self.exit.get_loop().create_future()
-        self._noise = ""
 
     # -- what the trunk hears -----------------------------------------------------------------
 
     async def take(self, frame: Frame) -> None:
         """A frame for whoever reads this link; waits while too many are there."""
+        if self.exit.done():
+            return  # nobody reads it any more
         self._waiting.put_nowait(frame)
         if self._waiting.qsize() >= _WAITING:
             self._taken.clear()
@@ -207,7 +222,7 @@ class RelayedLink(AgentLink):
 
     def end(self, exit: spawn.Exit, told: tuple[str, ...], noise: str = "") -> None:
         if not self.exit.done():
-            self.told, self._noise = told, noise
+            self.told, self.noise = told, noise
             self.answer(None)
             self.exit.set_result(exit)
             self._waiting.put_nowait(None)
@@ -215,8 +230,12 @@ class RelayedLink(AgentLink):
 
     # -- as a link and a channel --------------------------------------------------------------
 
+    @property
+    def held(self) -> bool:
+        return self._trunk.held
+
     async def marker(self, token: str) -> tuple[str | None, str]:
-        return await asyncio.shield(self._version), self._noise
+        return await asyncio.shield(self._version), self.noise
 
     def send(self, kind: Kind, body: bytes) -> None:
         self._trunk.send(Kind.RELAY, wrap(self._number, kind, body))
@@ -236,9 +255,19 @@ class RelayedLink(AgentLink):
 
     async def close(self, timeout: float = 1.0) -> None:
         """Let go: the agent at its end sees the end of its input."""
+        trunk, self.channel = self.channel, self
+        if trunk is not self:
+            await trunk.close(timeout)  # what goes through here goes first
+        self._hang_up(spawn.Exit())
+
+    def kill(self) -> None:
+        self._hang_up(spawn.Exit(signal=signal.SIGKILL))
+
+    def _hang_up(self, exit: spawn.Exit) -> None:
         if not self.exit.done():
-            self._trunk.send_message(Kind.COMMAND, {"op": "hang up", "link": self._number})
-            self.end(spawn.Exit(), ())
+            hang_up = {"op": "hang up", "link": self._number, "now": exit.signal != 0}
+            self._trunk.send_message(Kind.COMMAND, hang_up)
+            self.end(exit, ())
 
 
 class Relay(_Split):
@@ -248,7 +277,6 @@ class Relay(_Split):
         super().__init__("relay", channel)
         self._links: dict[int, AgentLink] = {}
         self._carrying: set[asyncio.Task[None]] = set()
-        self._linger_s = _LINGER_S
 
     @property
     def pids(self) -> Sequence[int]:
@@ -267,7 +295,11 @@ class Relay(_Split):
                 self._carrying.add(task)
                 task.add_done_callback(self._carrying.discard)
             case "hang up":
-                if (link := self._links.get(message["link"])) is not None:
+                if (link := self._links.get(message["link"])) is None:
+                    return True
+                if message["now"]:
+                    link.kill()
+                else:
                     self.spawn(link.channel.close(), "hang up")
             case _:
                 return False
@@ -306,13 +338,12 @@ class Relay(_Split):
         self.send_message(Kind.EVENT, {**message, "code": exit.code, "signal": exit.signal})
 
     async def _over(self) -> None:
-        self._linger_s = _LINGER_ALONE_S
         for link in self._links.values():
             self.spawn(link.channel.close(), "hang up")
 
     async def close(self, timeout: float = 1.0) -> None:
         """Wait until the links that are carried have ended, for a while; then let go of them."""
         if self._carrying:
-            await asyncio.wait(self._carrying, timeout=self._linger_s)
+            await asyncio.wait(self._carrying, timeout=_LINGER_S)
         await super().close()
         await self._channel.close(timeout)

@@ -11,14 +11,15 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from runtime.launcher import report
-from runtime.launcher.records import Ended, JobEndpoint, JobStatus
+from runtime.launcher.records import Ended, HostStatus, JobEndpoint, JobStatus, Missing
 
 _COLOURS = {
     "running": 32, "finished": 32, "exited": 32,
     "starting": 33, "restarting": 33, "stopping": 33,
-    "failed": 31, "lost": 31,
+    "failed": 31, "lost": 31, "unknown": 33,
 }  # fmt: skip
 _NARROWEST = 8
+_WIDEST_BOX = 120
 _LISTED = ("job", "name", "stage", "started", "hosts", "code")
 _HOST = ("host", "agent", "heard of", "")
 _WORKER = ("worker", "host", "pid", "state", "restarts", "step", "cause")
@@ -44,16 +45,16 @@ def status_text(status: JobStatus, now: float, width: int = 80, *, colour: bool 
         "reason": status.reason,
         "exit code": _text(status.exit_code),
         "restarts": _text(status.restarts or None),
-        "logs": status.log_dir,
+        "hosts": "" if status.roles else ", ".join(host.host for host in status.hosts),
+        "logs": status.log_dir + (" on each host" if len(status.hosts) > 1 else ""),
     }
     lines += [f"{key:<10} {value}" for key, value in facts.items() if value]
-    if status.hosts:
+    if status.roles:
         hosts = [
             (h.host, _text(h.pid), _text(h.last_heartbeat_s, ".0f", " s ago"), h.problem)
             for h in status.hosts
         ]
         lines += ["", *table(_HOST, hosts, width)]
-    if status.roles:
         workers = [
             (
                 w.name,
@@ -81,7 +82,7 @@ def list_text(
             item.job.name,
             item.stage,
             lasting(now - item.job.started) + " ago",
-            item.job.hosts[0] + (f" +{more}" if (more := len(item.job.hosts) - 1) else ""),
+            item.job.names[0] + (f" +{more}" if (more := len(item.job.hosts) - 1) else ""),
             "" if item.end is None else str(item.end.code),
         )
         for item in listed
@@ -92,17 +93,19 @@ def list_text(
 def table(
     titles: Sequence[str], rows: Iterable[Sequence[str]], width: int, colour: bool = False
 ) -> list[str]:
-    """Columns as wide as they need to be, left out where they are empty, and no wider in all than `width`."""
+    """Columns as wide as they need to be, left out where they are empty, and no wider in all than `width` if that
+    is enough for the first, which is never cut: it is what one types."""
     full = [tuple(titles), *map(tuple, rows)]
     kept = [i for i in range(len(titles)) if any(row[i] for row in full[1:]) or i == 0]
     lines = [[row[i] for i in kept] for row in full]
     widths = [max(len(line[i]) for line in lines) for i in range(len(kept))]
-    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _NARROWEST:
-        widths[widths.index(max(widths))] -= 1
+    rest = widths[1:]
+    while sum(rest) + 2 * len(rest) + widths[0] > width and max(rest, default=0) > _NARROWEST:
+        rest[rest.index(max(rest))] -= 1
     return [
         "  ".join(
             _painted(_fitted(cell, space), cell, colour)
-            for cell, space in zip(line, widths, strict=True)
+            for cell, space in zip(line, [widths[0], *rest], strict=True)
         ).rstrip()
         for line in lines
     ]
@@ -133,21 +136,33 @@ def lasting(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
 
 
-def ended_status(job: JobEndpoint, end: Ended | None) -> JobStatus:
-    """What is known of a job that does not run any more; `end` None: nobody was left to say how it ended."""
-    lost = f"its control plane does not answer; how it ended is not in {job.log_dir} here"
+def ended_status(job: JobEndpoint, end: Ended | Missing) -> JobStatus:
+    """What is known of a job that does not answer."""
+    known = end if isinstance(end, Ended) else None
     return JobStatus(
-        stage="lost" if end is None else end.stage,
-        exit_code=None if end is None else end.code,
-        restarts=0 if end is None else end.outcome.restarts,
+        stage=end.stage,
+        exit_code=known and known.code,
+        restarts=known.outcome.restarts if known else 0,
         roles={},
         job_id=job.job_id,
         name=job.name,
         started=job.started,
-        since=0.0 if end is None else end.at,
-        reason=lost if end is None else _why(end.outcome),
+        since=known.at if known else 0.0,
+        hosts=tuple(HostStatus(name, None, None) for name in job.names),
+        reason=end.reason if isinstance(end, Missing) else _why(end.outcome),
         log_dir=job.log_dir,
     )
+
+
+def ended_text(
+    job: JobEndpoint, end: Ended | Missing, now: float, width: int = 80, *, colour: bool = False
+) -> str:
+    """The same as text, with what an attached launcher would have said at last."""
+    status, box = ended_status(job, end), ""
+    if isinstance(end, Ended) and end.outcome.failures:
+        status = status._replace(reason="", exit_code=None)  # both are in the box
+        box = "\n" + report.failure_box(end.outcome, min(width, _WIDEST_BOX))
+    return status_text(status, now, width, colour=colour) + box
 
 
 def _why(outcome: report.Outcome) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from math import inf
 from typing import Any, NamedTuple
 
 from runtime import aio
@@ -26,8 +27,8 @@ from runtime.launcher.assignment import Assignment, remove_job_dir
 from runtime.launcher.channel import Frame, Kind
 from runtime.launcher.console import Console
 from runtime.launcher.link import AgentLink
-from runtime.launcher.outcome import from_plain, with_lines
-from runtime.launcher.records import JobEndpoint
+from runtime.launcher.outcome import from_plain
+from runtime.launcher.records import JobEndpoint, JobHost
 from runtime.observe.logs import configure_logging
 
 _SIGNALS: Mapping[int, tuple[report.End, str]] = {
@@ -58,7 +59,8 @@ class Signalled(NamedTuple):
 
 @dataclass(eq=False)
 class _Host:
-    """One agent, and what is known of it. `why`: how it was lost."""
+    """One agent, and what is known of it. `heard`: when, infinite where it was not greeted and still starts.
+    `why`: how it was lost."""
 
     rank: int
     link: AgentLink
@@ -95,7 +97,10 @@ class Session(aio.Service):
         super().__init__("session")
         now = asyncio.get_running_loop().time()
         pairs = enumerate(zip(links, assignments, strict=True))
-        self._hosts = [_Host(rank, link, assignment, now) for rank, (link, assignment) in pairs]
+        self._hosts = [
+            _Host(rank, link, assignment, inf if link.hello is None else now)
+            for rank, (link, assignment) in pairs
+        ]
         self._first = self._hosts[0]
         self._settings, self._quiet = self._first.assignment, quiet
         beat = self._settings.settings.coordinator
@@ -120,10 +125,9 @@ class Session(aio.Service):
                 self.spawn(self._read(host), f"agent of {host.name}")
             for number in _SIGNALS:
                 loop.add_signal_handler(number, self._on_signal, number)
-            remote = [host for host in self._hosts if not host.link.local]
-            if remote:
-                loop.add_signal_handler(signal.SIGTSTP, self._suspend, remote)
-                self.spawn(self._ping(remote), "ping")
+            if len(self._hosts) > 1 or not self._first.link.local:
+                loop.add_signal_handler(signal.SIGTSTP, self._suspend)
+                self.spawn(self._ping(), "ping")
             await self._first.done.wait()
             if not self._detached:
                 await self._end_others()
@@ -231,7 +235,7 @@ class Session(aio.Service):
 
     async def _register(self, event: Mapping[str, Any]) -> None:
         """Let the job be found by those who want to see or stop it."""
-        self._job = _endpoint(self._settings, [host.name for host in self._hosts], event)
+        self._job = _endpoint(self._hosts, event)
         try:
             async with asyncio.timeout(_FILES_S):
                 await asyncio.to_thread(jobs.register, self._job)
@@ -242,7 +246,7 @@ class Session(aio.Service):
     async def _keep(self, outcome: report.Outcome) -> None:
         """Where its first agent could not, or on another machine: say here how the job ended."""
         if self._job is not None:
-            with suppress(OSError, TimeoutError):
+            with suppress(TimeoutError):
                 async with asyncio.timeout(_FILES_S):
                     await asyncio.to_thread(jobs.remember, self._job, outcome)
 
@@ -266,7 +270,7 @@ class Session(aio.Service):
         parent-death signal; the rest is ours to end."""
         how = f"killed by {exit.cause}" if exit.signal else f"ended with {exit.cause}"
         if host.link.local:
-            host.why = f"its agent {how}"
+            host.why = host.why or f"its agent {how}"
             if len(self._hosts) == 1:
                 spawn.kill_descendants(_CLEANUP_S)
             remove_job_dir(host.assignment.job_dir)
@@ -287,26 +291,29 @@ class Session(aio.Service):
 
     # -- signs of life ------------------------------------------------------------------------
 
-    async def _ping(self, hosts: Sequence[_Host]) -> None:
+    async def _ping(self) -> None:
         """Say each second that we are there, and end the links to hosts that say nothing any more."""
         clock = asyncio.get_running_loop().time
         last = clock()
         while True:
             now = clock()
             if now - last > 3 * _PING_S:  # it was us who did not run
-                for host in hosts:
-                    host.heard = now
+                for host in self._hosts:
+                    host.heard = max(host.heard, now)
             last = now
-            for host in hosts:
+            for host in self._hosts:
                 host.tell("ping")
-                if host.reading and now - host.heard > self._silence_s and not host.why:
-                    host.why = f"no sign of life for {self._silence_s:g} s"
-                    host.link.kill()
+                link = host.link
+                if not host.reading or link.channel.held:
+                    host.heard = now
+                if now - host.heard > self._silence_s + link.late_s and not host.why:
+                    host.why = f"no sign of life for {self._silence_s:g} s{link.via}"
+                    link.kill()
             await asyncio.sleep(_PING_S)
 
-    def _suspend(self, hosts: Sequence[_Host]) -> None:
+    def _suspend(self) -> None:
         """Ctrl-Z: the job goes on, and is not to take our silence for our death."""
-        for host in hosts:
+        for host in self._hosts:
             host.tell("suspended")
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -369,34 +376,48 @@ class Session(aio.Service):
         end = self._first.end
         if end is None:
             gone: report.End = self._signalled.end if self._signalled else "host_lost"
-            return replace(base, end=gone, detail=self._lost_words())
-        told = [f for host in self._hosts[1:] if host.end for f in host.end["failures"]]
-        return with_lines(from_plain(end["outcome"]), told)
+            return replace(base, end=gone, detail=_lost_words(self._hosts))
+        return from_plain(end["outcome"])
 
     def _where(self, host: _Host) -> str:
         return f"{host.name}: " if len(self._hosts) > 1 else ""
 
-    def _lost_words(self) -> str:
-        name, why = self._first.name, self._first.why
-        if len(self._hosts) == 1 and self._first.link.local:
-            return f"agent of host {name} {why.removeprefix('its agent ')}; its workers were ended"
-        what = ", which held the control plane," if len(self._hosts) > 1 else ""
-        return f"host {name}{what} was lost: {why}; its workers were ended"
+
+def _lost_words(hosts: Sequence[_Host]) -> str:
+    """Of a job whose first agent is lost."""
+    name, why = hosts[0].name, hosts[0].why
+    if len(hosts) == 1 and hosts[0].link.local:
+        return f"agent of host {name} {why.removeprefix('its agent ')}; its workers were ended"
+    what = ", which held the control plane," if len(hosts) > 1 else ""
+    return f"host {name}{what} was lost: {why}; its workers were ended"
 
 
-def _endpoint(settings: Assignment, hosts: Sequence[str], event: Mapping[str, Any]) -> JobEndpoint:
+def _endpoint(hosts: Sequence[_Host], event: Mapping[str, Any]) -> JobEndpoint:
+    settings = hosts[0].assignment
     return JobEndpoint(
         job_id=settings.plan.job_id,
         name=settings.plan.job.name,
         started=datetime.now(UTC).timestamp(),
-        hosts=tuple(hosts),
+        hosts=tuple(_job_host(host, event) for host in hosts),
         peer=event["peer"],
         address=event["address"],
-        log_dir=event["log_dir"],
         detached=settings.detached,
         shutdown_timeout_s=settings.shutdown_timeout_s,
         machine=socket.gethostname(),
         security=settings.security,
+    )
+
+
+def _job_host(host: _Host, event: Mapping[str, Any]) -> JobHost:
+    process = event["process"] if host.link.hello is None else host.link.hello.process
+    launches = host.assignment.plan.launches
+    return JobHost(
+        host.name,
+        event["log_dir"] if host.rank == 0 else host.assignment.log_folder,
+        (process[0], process[1]),
+        tuple((launch.role, launch.rank) for launch in launches if launch.host == host.name),
+        host.link.way,
+        host.link.local,
     )
 
 

@@ -19,6 +19,7 @@ from runtime.launcher.plan import Host
 NAME = "slurm"
 """What `--hosts` calls the nodes of the allocation."""
 
+_PART = "SLURM_JOB_NODELIST_HET_GROUP_"
 _SRUN = (
     "srun", "--nodes=1", "--ntasks=1", "--overlap", "--export=ALL", "--mpi=none", "--cpu-bind=none",
     "--job-name=runtime", "--quiet",
@@ -33,21 +34,29 @@ _NOT_FOR_AGENTS = (
 def is_meant(options: LaunchOptions, env: Mapping[str, str]) -> bool:
     """Whether the job's hosts are the nodes of the allocation that we are in.
 
-    Raises `ConfigError`: `--hosts slurm`, but this is none.
+    Raises `ConfigError`: `--hosts slurm`, but this is none; or it is one of several parts.
     """
     inside = "SLURM_JOB_NODELIST" in env
-    if options.hosts == NAME and not inside:
+    parts = [env[name] for name in sorted(env) if name.startswith(_PART)]
+    if options.hosts == NAME and not (inside or parts):
         raise ConfigError(
             "--hosts slurm: this is no Slurm allocation (SLURM_JOB_NODELIST is not set); "
             "--launcher slurm submits a job"
         )
     said = options.hosts not in (None, NAME) or options.hostfile is not None
-    return inside and not (said or options.standalone or options.launcher == "local")
+    if said or options.standalone or options.launcher == "local":
+        return False
+    if parts:
+        raise ConfigError(
+            "this is a heterogeneous allocation, whose parts are not taken together: say "
+            f"--hosts {','.join(parts)} --launcher ssh, or --standalone for this machine alone"
+        )
+    return inside
 
 
 def is_to_submit(options: LaunchOptions, env: Mapping[str, str]) -> bool:
     """Whether the job is to run in an allocation that is still to be made."""
-    return options.launcher == NAME and "SLURM_JOB_NODELIST" not in env
+    return options.launcher == NAME and not env.keys() & {"SLURM_JOB_NODELIST", f"{_PART}0"}
 
 
 def is_follower(options: LaunchOptions, env: Mapping[str, str]) -> bool:

@@ -101,7 +101,10 @@ def remote_command(python: str, code: str, token: str, env: Iterable[tuple[str, 
     # sh says "not found" as 127 and "not executable" as 126; other login shells have other numbers.
     given = [f"{name}={value}" for name, value in env]
     start = ["exec", "env", *given] if given else ["exec"]
-    words = (*start, "sh", "-c", 'exec "$0" "$@"', python, "-c", marked)
+    run = 'exec "$0" "$@"'
+    if python.startswith("~/"):  # the home there
+        run, python = 'exec "$HOME/$0" "$@"', python[2:]
+    words = (*start, "sh", "-c", run, python, "-c", marked)
     return " ".join(map(shlex.quote, words))
 
 
@@ -164,9 +167,9 @@ def why(host: str, words: LastWords, python: str, root: str) -> Failure:
         return Failure(host, f"ssh was ended by {words.signal}", True)
     if words.code == LOST:
         return Failure(host, _of_ssh(host, words.stderr), True)
-    if words.code == _NOT_FOUND:
+    if words.code == _NOT_FOUND and "shared librar" not in last:
         return Failure(host, f"has no interpreter {python} (--python, or python= in the host file)")
-    if words.code == _NOT_EXECUTABLE:
+    if words.code in (_NOT_FOUND, _NOT_EXECUTABLE):
         return Failure(host, f"cannot run its interpreter {python}: {last or 'not executable'}")
     if last.startswith("srun: "):
         return Failure(host, last.removeprefix("srun: ").removeprefix("error: "), True)
@@ -187,10 +190,15 @@ _PATTERNS = (
         "its host key is not known here: run `ssh {host}` once, or add it to known_hosts",
     ),
     (
-        r"(?P<told>Permission denied \(.*\))",
-        "it asks for a password, no key opens it ({told}): use ssh-agent or a key without a passphrase",
+        r"(?P<told>(\S+: )?Permission denied \(.*\))",
+        "no key opens it ({told}): use ssh-agent or a key without a passphrase",
     ),
 )
+
+
+_BUSY = r"kex_exchange_identification: |Connection (closed|reset) by "
+_OF_A_JUMP = r"kex_exchange_identification: |stdio forwarding failed|.* UNKNOWN port 65535"
+"""What ssh says, too, when a jump host is what failed: the line before says why."""
 
 
 def _of_ssh(host: str, lines: Sequence[str]) -> str:
@@ -198,7 +206,13 @@ def _of_ssh(host: str, lines: Sequence[str]) -> str:
     for pattern, reason in _PATTERNS:
         if match := re.search(pattern, text):
             return reason.format(host=host, **match.groupdict())
-    return _last_line(lines).removeprefix("ssh: ") or "ssh gave up without a word"
+    telling = [line for line in lines if not re.match(_OF_A_JUMP, line)]
+    return _last_line(telling or lines).removeprefix("ssh: ") or "ssh gave up without a word"
+
+
+def is_busy(failure: Failure) -> bool:
+    """Whether the host, or a gateway, may just have too many logins at the moment (`MaxStartups` of its sshd)."""
+    return failure.unreachable and re.match(_BUSY, failure.reason) is not None
 
 
 def _last_line(lines: Sequence[str]) -> str:

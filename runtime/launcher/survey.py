@@ -2,7 +2,7 @@
 
 The first try is short and nearly always enough. Only where it leaves a host without an address, or without
 the one that its name stands for, what was not reached is tried again with more patience. Every step has its
-time limit, so the whole takes three seconds at worst. Who tries whom and what follows is `addresses.py`'s.
+time limit, so the whole takes three seconds at worst where all agents answer. Who tries whom and what follows is `addresses.py`'s.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any
 
 from runtime.errors import WireError
@@ -51,7 +52,8 @@ def _sources(links: Iterable[AgentLink]) -> tuple[str, ...]:
     for link in links:
         assert link.hello is not None  # else there was no greeting
         found |= dict.fromkeys(address for _, address in link.hello.addresses)
-        found |= dict.fromkeys(filter(None, [link.hello.ssh_client]))
+        with suppress(ValueError):  # "", or "UNKNOWN" of an sshd that was reached by a pipe
+            found |= dict.fromkeys(filter(ip_address, [link.hello.ssh_client]))
     return tuple(found)
 
 
@@ -164,7 +166,7 @@ async def _reply(link: AgentLink, event: str, patience: float) -> Mapping[str, A
                 if frame.kind is Kind.EVENT and (message := frame.message()).get("event") == event:
                     return message
     except TimeoutError:
-        return f"its agent gave no answer within {patience:g} s"
+        return f"its agent gave no answer within {patience:g} s{link.via}"
     except WireError as error:
         return str(error)
     return f"its agent ended: {link.last_words()}"

@@ -113,6 +113,8 @@ def stamps(folder: str) -> dict[str, list[int]]:
         links = [name for name in folders if os.path.islink(os.path.join(where, name))]
         for name in files + links:
             path = os.path.join(where, name)
+            if not (os.path.islink(path) or os.path.isfile(path)):
+                continue  # a socket or a pipe
             stat = os.lstat(path)
             found[os.path.relpath(path, folder)] = [stat.st_size, int(stat.st_mtime)]
     return found

@@ -8,9 +8,10 @@ import pytest
 
 from runtime.cluster.client import job_status
 from runtime.errors import Timeout
-from runtime.launcher.records import JobEndpoint, JobStatus
+from runtime.launcher.records import JobEndpoint, JobHost, JobStatus
 
-JOB = JobEndpoint("j", "train", 100.0, ("h1", "h2"), "@agent-0.a", "ipc:///x/agent", "/logs/j")
+HOSTS = (JobHost("h1", "/logs/j"), JobHost("h2", "/logs/j"))
+JOB = JobEndpoint("j", "train", 100.0, HOSTS, "@agent-0.a", "ipc:///x/agent")
 
 
 def member(name: str, state: str = "starting", **more: Any) -> dict[str, Any]:

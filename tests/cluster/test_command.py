@@ -17,6 +17,7 @@ from runtime.control.plane import Plane, standard_machines
 from runtime.control.service import ControlService
 from runtime.job import Entry, JobSpec, Restart, RoleSpec
 from runtime.launcher.assignment import Assignment
+from runtime.launcher.outcome import failures_of
 from runtime.launcher.plan import Host, Launch, Plan
 from runtime.peer.endpoint import Endpoint
 from runtime.transport.memory import MemoryNetwork
@@ -40,6 +41,9 @@ class Hands:
     def directive(self, message: Mapping[str, Any]) -> None:
         self.told.append(message)
         if message["op"] == "end" and not self.ended.done():
+            for failure in failures_of(message):
+                if failure["name"] == f"w-{self.rank}":
+                    failure["folder"] = f"/on/host/{self.rank}"
             self.ended.set_result(dict(message))
 
     async def leave(self, grace_s: float) -> None:
@@ -79,17 +83,19 @@ class Several:
         self.hands = [Hands(rank) for rank in range(hosts)]
         self.peers = [f"@agent-{rank}.x" for rank in range(hosts)]
         self.followers: dict[int, Follower] = {}
+        self.events: list[dict[str, Any]] = []
+        """What the launcher is told."""
         self.conductor: Conductor
         self.service: ControlService
 
     @asynccontextmanager
-    async def running(self, *ranks: int) -> AsyncIterator[None]:
-        """With the followers of these node ranks, and the conductor."""
+    async def running(self, *ranks: int, apart: bool = False) -> AsyncIterator[None]:
+        """With the followers of these node ranks, and the conductor; `apart`: which they do not reach."""
         async with AsyncExitStack() as stack:
             endpoint = await stack.enter_async_context(self._endpoint(0))
             machines = standard_machines(heartbeat_timeout=TIMEOUT_S)
             machines["supervision"] = Supervision()
-            self.conductor = Conductor(self.assignments[0], self.peers[0], lambda event: None)
+            self.conductor = Conductor(self.assignments[0], self.peers[0], self.events.append)
             self.service = ControlService(
                 endpoint,
                 Plane(machines),
@@ -102,6 +108,8 @@ class Several:
             self.conductor.take(self.service, self.hands[0])
             self.service.spawn(self.conductor.run(), "begin")
             for rank in ranks:
+                if apart:
+                    self.part(rank)
                 await self._follow(stack, rank, endpoint)
             await asyncio.sleep(0.1)
             yield
@@ -117,7 +125,7 @@ class Several:
         await stack.enter_async_context(follower)
         follower.take(self.hands[rank])
         self.followers[rank] = follower
-        await follower.begin()
+        follower.spawn(follower.begin(), "begin")
 
     async def exits(self, rank: int, **how: Any) -> None:
         """The worker of that host has ended."""
@@ -152,12 +160,23 @@ async def test_a_job_begins_when_all_hosts_are_there_and_ends_on_all() -> None:
         assert [hands.ended.result()["code"] for hands in job.hands] == [0, 0, 0]
 
 
+async def test_what_a_host_adds_to_its_failure_is_with_the_first_agent_at_the_end() -> None:
+    job = Several(3, "never")
+    async with job.running(1, 2):
+        await job.exits(1, code=3, signal=0, cause="exit 3")
+        for rank in (0, 2):
+            await job.exits(rank, code=0, signal=15, cause="SIGTERM")
+        await job.service.flush(1)
+        added = [(f["name"], f["code"], f["folder"]) for f in job.conductor.added]
+        assert added == [("w-1", 3, "/on/host/1")]
+
+
 async def test_a_host_that_does_not_come_ends_the_job_with_its_name() -> None:
     job = Several(3)
     async with job.running(1):
         await asyncio.sleep(GATHER_S)
         end = job.hands[0].ended.result()
-        assert (end["code"], end["first"]) == (69, None)
+        assert (end["code"], end["first"], end["undecided"]) == (69, None, True)
         assert end["reason"].startswith("h3 cannot be reached from h1")
         assert job.hands[1].told == []
 
@@ -167,6 +186,16 @@ async def test_a_host_that_is_lost_before_the_job_begins_ends_it() -> None:
     async with job.running(1):
         await job.conductor.command({"op": "lost", "node_rank": 2, "why": "ssh ended"})
         assert job.hands[0].ended.result()["reason"] == "host h3 was lost: ssh ended"
+
+
+async def test_a_host_that_cannot_reach_the_first_says_so_and_leaves() -> None:
+    job = Several(2)
+    async with job.running(1, apart=True):
+        await asyncio.sleep(20)
+        assert job.hands[1].left == [0.0]
+        end = job.hands[1].ended.result()
+        assert end["lost"].startswith("h2 lost the control plane on h1: agent: ")
+        assert not job.hands[0].ended.done(), "that is the launcher's to tell"
 
 
 async def test_a_failure_on_one_host_restarts_the_gang_on_all() -> None:
@@ -179,12 +208,14 @@ async def test_a_failure_on_one_host_restarts_the_gang_on_all() -> None:
             ["start"],
             ["start", "stop"],
         ]
+        assert job.hands[0].told[-1]["grace_s"] == 2.0, "not all of the time for an end"
         for rank in (0, 2):
             await job.exits(rank, code=0, signal=15, cause="SIGTERM")
         await asyncio.sleep(0.1)
         assert [hands.told[-1]["actors"] for hands in job.hands] == [
             {"w-0": 1}, {"w-1": 1}, {"w-2": 1},
         ]  # fmt: skip
+        assert [(e["event"], e["failure"]["name"]) for e in job.events] == [("restarting", "w-1")]
 
 
 async def test_a_short_cut_goes_unnoticed_and_what_was_said_meanwhile_arrives_in_order() -> None:
@@ -241,18 +272,30 @@ async def test_what_the_launcher_knows_of_a_host_is_the_cause_of_its_loss() -> N
 async def test_an_agent_whose_launcher_is_gone_leaves_and_says_so() -> None:
     job = Several(2)
     async with job.running(1):
-        await job.followers[1].launcher_gone("the launcher is gone")
+        await job.followers[1].launcher_gone("the launcher is gone", 3.0)
         assert job.hands[1].left[0] > 0
         assert job.hands[1].ended.result()["code"] == 69
         assert job.conductor.lost_hosts == [1]
         assert job.hands[0].ops() == ["start", "stop"]
 
 
+async def test_the_launcher_may_say_first_why_an_agent_lost_it() -> None:
+    job = Several(2)
+    async with job.running(1):
+        gone = job.followers[1].spawn(job.followers[1].launcher_gone("gone", 3.0), "gone")
+        await asyncio.sleep(2)
+        await job.conductor.command({"op": "lost", "node_rank": 1, "why": "host5 was killed"})
+        await asyncio.sleep(0.5)
+        assert gone.done(), "the rest is not waited for"
+        await job.exits(0, code=0, signal=15, cause="SIGTERM")
+        assert job.hands[0].ended.result()["first"]["cause"] == "host5 was killed"
+
+
 async def test_without_a_launcher_the_first_agent_waits_for_no_host_that_is_silent() -> None:
     job = Several(2)
     async with job.running(1):
         job.part(1)
-        await job.conductor.launcher_gone("the launcher is gone")
+        await job.conductor.launcher_gone("the launcher is gone", 3.0)
         assert job.hands[0].ops() == ["start", "stop", "kill"]
         assert job.hands[0].ended.result()["reason"] == "the launcher is gone"
 

@@ -10,9 +10,9 @@ from runtime.cluster.ports import PortChooser
 from runtime.errors import ResourceInsufficientError
 
 
-def listener() -> socket.socket:
-    server = socket.socket()
-    server.bind(("127.0.0.1", 0))
+def listener(host: str = "127.0.0.1") -> socket.socket:
+    server = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    server.bind((host, 0))
     server.listen()
     return server
 
@@ -35,8 +35,13 @@ def test_no_port_is_given_twice() -> None:
     assert len({chooser.choose() for _ in range(30)}) == 30
 
 
-def test_a_port_that_is_in_use_is_not_given() -> None:
-    with listener() as server:
+def test_agents_that_choose_at_once_hardly_choose_the_same() -> None:
+    assert len({PortChooser((23_000, 23_999)).choose() for _ in range(10)}) > 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_that_is_in_use_is_not_given(host: str) -> None:
+    with listener(host) as server:
         port = server.getsockname()[1]
         with pytest.raises(ResourceInsufficientError, match=f"{port}:{port}"):
             PortChooser((port, port)).choose()

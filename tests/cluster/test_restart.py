@@ -86,16 +86,18 @@ def test_begin_twice_is_refused() -> None:
         rig.tell(op="begin", agents=["agent-0"], roles=[role("a", 1)])
 
 
-def test_a_job_without_drivers_is_refused() -> None:
+@pytest.mark.parametrize("roles", [[role("a", 1, driver=False)], [role("a", 0)]])
+def test_a_job_without_drivers_is_refused(roles: list[dict[str, Any]]) -> None:
     with pytest.raises(MisuseError, match="driver"):
-        Rig(role("a", 1, driver=False))
+        Rig(*roles)
 
 
 def test_the_job_ends_with_0_when_all_have_returned() -> None:
-    rig = Rig(role("trainer", 2))
+    rig = Rig(role("trainer", 2), timeout_s=50.0)
     assert rig.exits("trainer-0", **WELL) == []
     end = end_of(rig.exits("trainer-1", **WELL))
     assert (end["code"], end["first"], end["others"]) == (0, None, [])
+    assert rig.machine.deadline() is None
 
 
 def test_roles_that_are_no_drivers_are_stopped_at_the_end() -> None:
@@ -160,6 +162,14 @@ def test_policy_never_ends_the_job_with_the_failing_code() -> None:
     assert (end["code"], end["first"]["name"], end["others"]) == (3, "w-1", [])
 
 
+def test_who_was_stopped_is_no_failure_even_if_the_clock_of_its_host_is_behind() -> None:
+    rig = Rig(role("w", 2, policy="never", most=0))
+    rig.exits("w-1", code=3, signal=0, cause="exit 3")
+    stopped = {"code": 0, "signal": 15, "cause": "SIGTERM", "seen": 1.0, "stopped": True}
+    end = end_of(rig.exits("w-0", at=1.0, **stopped))
+    assert (end["code"], end["first"]["name"], end["others"]) == (3, "w-1", [])
+
+
 def test_the_earliest_error_is_the_first_failure_not_the_first_exit() -> None:
     rig = Rig(role("w", 2, policy="never"))
     rig.raises("w-1", text="connection closed", at=90.5)
@@ -174,6 +184,16 @@ def test_a_death_by_signal_goes_before_an_error_of_the_same_moment() -> None:
     end = end_of(rig.exits("w-0", at=90.05, seen=90.05, **KILLED))
     assert (end["first"]["name"], end["code"]) == ("w-0", 137)
     assert [other["name"] for other in end["others"]] == ["w-1"]
+
+
+@pytest.mark.parametrize(("code", "signal"), [(0, 15), (3, 0)])
+def test_an_exit_or_the_signal_of_the_stop_is_the_stops_own_however_soon(
+    code: int, signal: int
+) -> None:
+    rig = Rig(role("w", 2, policy="never"))
+    rig.raises("w-1", at=90.00, seen=90.01)
+    end = end_of(rig.exits("w-0", at=90.05, seen=90.05, code=code, signal=signal, cause="x"))
+    assert (end["first"]["name"], end["others"]) == ("w-1", [])
 
 
 def test_a_kill_long_after_the_stop_is_the_stops_own() -> None:
@@ -220,8 +240,8 @@ def test_what_a_worker_does_after_it_was_asked_to_stop_is_no_failure() -> None:
 
 def test_the_same_error_at_the_same_step_is_not_tried_a_fourth_time() -> None:
     rig = Rig(role("w", 1, most=9))
-    assert ops(rig.raises("w-0", step=7)) == ["start"]
-    assert ops(rig.raises("w-0", step=7)) == ["start"]
+    for step in (6, 7, 7):
+        assert ops(rig.raises("w-0", step=step)) == ["start"]
     end = end_of(rig.raises("w-0", step=7))
     assert "same error at step 7 in 3 attempts" in end["reason"]
     assert end["code"] == 1
@@ -233,9 +253,25 @@ def test_other_steps_or_none_at_all_use_the_whole_budget(steps: tuple[int | None
     assert [ops(rig.raises("w-0", step=step)) for step in steps] == [["start"]] * 3
 
 
+def test_only_errors_of_one_and_the_same_are_the_same() -> None:
+    rig = Rig(role("w", 2, policy="one", most=9))
+    for name in ("w-0", "w-1", "w-0", "w-1"):
+        assert ops(rig.raises(name, step=7)) == ["start"]
+    for _ in range(3):
+        assert ops(rig.exits("w-0", step=8, **KILLED)) == ["start"]
+
+
+def test_of_very_many_failures_the_latest_are_kept() -> None:
+    rig = Rig(role("w", 1, policy="one", most=999))
+    for _ in range(260):
+        rig.exits("w-0", **KILLED)
+    kept = rig.machine.dump()["failures"]
+    assert [failure["incarnation"] for failure in kept] == list(range(4, 260))
+
+
 def test_a_stop_from_outside_gives_its_own_code() -> None:
     rig = Rig(role("w", 2))
-    (stop,) = rig.tell(op="stop", reason="Ctrl-C", code=130, seen=101.0)
+    (stop,) = rig.tell(op="stop", reason="Ctrl-C", code=130)
     assert (stop["names"], stop["why"]) == (["w-0", "w-1"], "Ctrl-C")
     rig.exits("w-0", code=143, signal=0, cause="exit 143")
     end = end_of(rig.raises("w-1"))
@@ -245,13 +281,13 @@ def test_a_stop_from_outside_gives_its_own_code() -> None:
 def test_a_stop_during_a_gang_restart_starts_nothing_any_more() -> None:
     rig = Rig(role("w", 2))
     rig.exits("w-0", **KILLED)
-    assert rig.tell(op="stop", reason="Ctrl-C", code=130, seen=101.0) == []
+    assert rig.tell(op="stop", reason="Ctrl-C", code=130) == []
     assert end_of(rig.exits("w-1", code=0, signal=15, cause="SIGTERM"))["code"] == 130
 
 
 def test_kill_goes_to_all_that_live_also_while_stopping() -> None:
     rig = Rig(role("w", 2))
-    rig.tell(op="stop", reason="Ctrl-C", code=130, seen=101.0)
+    rig.tell(op="stop", reason="Ctrl-C", code=130)
     rig.exits("w-0", **WELL)
     assert rig.tell(op="kill", reason="Ctrl-C", code=130) == [
         {"kind": "directive", "op": "kill", "names": ["w-1"]}
@@ -264,6 +300,7 @@ def test_the_time_limit_stops_the_job_with_124() -> None:
     assert rig.machine.tick(104.0) == []
     (stop,) = rig.sent(rig.machine.tick(105.0))
     assert stop["op"] == "stop"
+    assert rig.machine.deadline() is None, "it has passed"
     end = end_of(rig.exits("w-0", code=0, signal=15, cause="SIGTERM"))
     assert end["code"] == 124
     assert rig.machine.deadline() is None
@@ -273,6 +310,26 @@ def test_a_report_on_an_older_incarnation_changes_nothing() -> None:
     rig = Rig(role("w", 1))
     rig.exits("w-0", **KILLED)
     assert rig.tell(op="exited", name="w-0", incarnation=0, **WELL) == []
+
+
+def test_a_second_report_on_the_same_end_changes_nothing() -> None:
+    rig = Rig(role("w", 2))
+    rig.exits("w-0", **WELL)
+    assert rig.exits("w-0", **KILLED) == []
+    assert end_of(rig.exits("w-1", **WELL))["code"] == 0
+
+
+def test_status_says_how_the_job_stands_and_since_when() -> None:
+    rig = Rig(role("w", 2))
+    rig.now = 107.0
+    rig.tell(op="status")
+    assert (rig.reply["stage"], rig.reply["since_s"], rig.reply["code"]) == ("running", 7.0, None)
+    assert [actor["state"] for actor in rig.reply["roles"][0]["actors"]] == ["running"] * 2
+    rig.tell(op="stop", reason="Ctrl-C", code=130)
+    rig.now = 109.0
+    rig.tell(op="status")
+    assert (rig.reply["stage"], rig.reply["since_s"], rig.reply["code"]) == ("stopping", 2.0, 130)
+    assert rig.reply["reason"] == "Ctrl-C"
 
 
 def test_a_lost_agent_takes_its_workers_with_it() -> None:
@@ -301,13 +358,44 @@ def test_kill_is_answered() -> None:
 
 @pytest.mark.parametrize("policy", ["gang", "one"])
 def test_nothing_is_started_again_on_a_lost_host(policy: str) -> None:
-    rig = Rig(spread("w", policy))
+    rig = Rig(spread("w", policy), restart_timeout_s=2.0)
     (stop,) = rig.sent(rig.machine.lost("agent-1", "host unreachable", 101.0))
-    assert (stop["op"], stop["names"]) == ("stop", ["w-0"])
+    assert (stop["op"], stop["names"], stop["grace_s"]) == ("stop", ["w-0"], 10.0)
     ends = rig.exits("w-0", code=0, signal=15, cause="SIGTERM")
     assert [(end["op"], end["code"], end["first"]["name"]) for end in ends] == [
         ("end", 69, "w-1")
     ] * 2
+
+
+def test_a_lost_host_is_told_nothing() -> None:
+    planned = role("w", 3, most=0)
+    planned["actors"][1]["agent"] = planned["actors"][2]["agent"] = "agent-1"
+    sent = Rig(planned).machine.lost("agent-1", "host unreachable", 101.0)
+    assert [(e.to, e.message["names"]) for e in sent if isinstance(e, Send)] == [
+        ("agent-0", ["w-0"])
+    ]
+
+
+def test_two_gangs_restart_at_once_and_each_by_itself() -> None:
+    rig = Rig(role("a", 2), role("b", 2))
+    for name in ("a-0", "b-0"):
+        rig.exits(name, **KILLED)
+    for name in ("a", "b"):
+        (start,) = rig.exits(f"{name}-1", code=0, signal=15, cause="SIGTERM")
+        assert start["actors"] == {f"{name}-0": 1, f"{name}-1": 1}
+    assert [event["failure"]["name"] for event in rig.emitted] == ["a-0", "b-0"]
+
+
+@pytest.mark.parametrize("policy", ["gang", "one"])
+def test_after_a_restart_it_counts_again_what_fails_before_the_next_stop(policy: str) -> None:
+    rig = Rig(role("w", 2, policy, most=1))
+    rig.exits("w-0", **KILLED)
+    if policy == "gang":
+        rig.exits("w-1", code=0, signal=15, cause="SIGTERM")
+    before = rig.now + 0.5
+    rig.exits("w-0", **KILLED)
+    end = end_of(rig.raises("w-1", at=before, seen=rig.now + 0.1))
+    assert {f["name"] for f in (end["first"], *end["others"])} == {"w-0", "w-1"}
 
 
 def test_a_host_that_is_lost_during_a_gang_restart_ends_the_job() -> None:
@@ -317,6 +405,24 @@ def test_a_host_that_is_lost_during_a_gang_restart_ends_the_job() -> None:
     end = rig.exits("w-0", code=0, signal=15, cause="SIGTERM")[0]
     assert (end["op"], end["code"], end["first"]["name"]) == ("end", 137, "w-1")
     assert end["reason"] == "the host of w-1 is lost: not restarted"
+
+
+def test_when_a_restart_fails_others_are_asked_to_stop_from_the_failure_on() -> None:
+    rig = Rig(spread("w", "gang"), role("x", 1, policy="never", most=0))
+    rig.exits("w-1", **KILLED)  # seen at 101
+    rig.sent(rig.machine.lost("agent-1", "host unreachable", 101.0))
+    (stop,) = rig.exits("w-0", code=0, signal=15, cause="SIGTERM")
+    assert stop["names"] == ["x-0"]
+    end = rig.raises("x-0", at=100.5)[0]
+    assert {f["name"] for f in (end["first"], *end["others"])} == {"w-1", "x-0"}
+
+
+def test_who_is_stopped_for_a_restart_when_the_job_finishes_is_not_started_again() -> None:
+    rig = Rig(role("trainer", 1), role("judge", 2, driver=False))
+    rig.exits("judge-0", **KILLED)
+    assert rig.exits("trainer-0", **WELL) == []
+    assert end_of(rig.exits("judge-1", code=0, signal=15, cause="SIGTERM"))["code"] == 0
+    assert rig.reply == {"final": True}
 
 
 def test_a_host_that_was_lost_before_the_job_began_ends_it() -> None:
@@ -365,10 +471,10 @@ def test_a_host_that_is_lost_after_others_failed_is_what_they_failed_of() -> Non
 @pytest.mark.parametrize("op", ["stop", "kill"])
 def test_a_host_that_is_lost_while_the_job_is_stopped_from_outside_is_no_failure(op: str) -> None:
     rig = Rig(spread("w", "never"))
-    rig.tell(op=op, reason="Ctrl-C", code=130, seen=100.5)
+    rig.tell(op=op, reason="Ctrl-C", code=130)
     rig.exits("w-0", code=0, signal=15, cause="SIGTERM")
     end = rig.sent(rig.machine.lost("agent-1", "host unreachable", 105.0))[0]
-    assert (end["first"], end["code"]) == (None, 130)
+    assert (end["first"], end["others"], end["code"]) == (None, [], 130)
 
 
 def test_the_end_is_told_to_agents_without_workers_too() -> None:
@@ -385,3 +491,5 @@ def test_the_loss_of_an_agent_without_workers_changes_nothing() -> None:
     begin = {"op": "begin", "agents": ["agent-0", "agent-1"], "roles": [role("w", 1)]}
     machine.handle(begin, None, 1.0)
     assert machine.lost("agent-1", "host unreachable", 2.0) == []
+    assert machine.lost("w-0.1234", "exit 1", 3.0) == []
+    assert machine.dump()["gone"] == ["agent-1"], "only agents: others come and go"

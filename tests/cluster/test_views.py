@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ async def test_it_tells_what_the_job_and_this_host_are(agent: Agent) -> None:
         "agents": ["membership", "agents"],
     }
     status = await agent.call("status")
-    assert (status["host"], status["workers"]) == ("h1", agent.workers())
+    assert status == {"host": "h1", "pid": os.getpid(), "workers": agent.workers()}
 
 
 async def test_only_the_output_of_this_host_is_read(agent: Agent, tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ async def test_who_waits_hears_of_the_end_and_of_what_is_left(agent: Agent) -> N
     assert await agent.call("wait", 0.5) is None
     waiting = agent.call("wait", 5.0)
     await asyncio.sleep(0.1)
-    await agent.views.finish(OUTCOME, [ProcessInfo(9, "stuck", "D", 1, 1)])
+    await agent.views.finish(OUTCOME, [ProcessInfo(9, "stuck", "D", 1, 1, 5)])
     assert waiting.done() or await waiting
     assert waiting.result() == {"outcome": OUTCOME, "left": [[9, "stuck", "D"]]}
 
@@ -129,6 +130,39 @@ async def test_the_end_waits_for_who_will_ask_again_but_not_for_long(agent: Agen
     started = now()
     await agent.views.finish(OUTCOME)
     assert 1.0 < now() - started < 2.0
+
+
+@pytest.mark.parametrize(
+    ("question", "waits"),
+    [
+        (("wait", 0.1), True),
+        (("logs", EVERYTHING, None, True), True),
+        (("logs", EVERYTHING, None, False), False),
+        (("status",), False),
+    ],
+)
+async def test_the_end_waits_for_those_who_said_that_they_follow(
+    agent: Agent, question: tuple[Any, ...], waits: bool
+) -> None:
+    assert (await agent.call(*question) or {}).get("end") is None
+    started = now()
+    await agent.views.finish(OUTCOME)
+    assert (now() - started > 1.0) is waits
+
+
+async def test_the_end_comes_at_once_when_all_have_heard_of_it(agent: Agent) -> None:
+    waiting, following = agent.call("wait", 60.0), agent.call("logs", EVERYTHING, None, True)
+    await asyncio.sleep(1.0)
+    started = now()
+    await agent.views.finish(OUTCOME)
+    assert now() - started < 0.5
+    assert (await waiting)["outcome"] == (await following)["end"]["outcome"] == OUTCOME
+
+
+async def test_who_waits_for_long_is_answered_after_a_while(agent: Agent) -> None:
+    started = now()
+    assert await agent.call("wait", 60.0) is None
+    assert now() - started < 6.0
 
 
 async def test_the_end_does_not_wait_for_who_went_long_ago(agent: Agent) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from runtime import launch as launcher
+from runtime.errors import ConfigError
 from tests.integration.support.job import Job
 
 Write = Callable[[str, str], Path]
 Launch = Callable[..., Job]
+Told = Callable[..., None]
 
 
 def refused(job: Job, *words: str, code: int = 2) -> str:
@@ -23,8 +26,24 @@ def refused(job: Job, *words: str, code: int = 2) -> str:
     assert "Traceback" not in job.err
     assert job.out == ""
     assert not job.logs.exists()
-    job.assert_nothing_left()
+    job.assert_nothing_left(within=0)  # an agent that was started in advance is not either
     return job.err
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
+    """`told(options, words)`: these words are said against these options. The launcher's own way from its
+    command line to its plan, in this process; that of the tests with `launch` leads through it, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def told(options: Sequence[str | Path], words: Sequence[str]) -> None:
+        with pytest.raises(ConfigError) as raised:
+            launcher._launch(["--dry-run", *map(str, options)], None)
+        for word in words:
+            assert word in str(raised.value), f"{word!r} is not said:\n{raised.value}"
+
+    return told
 
 
 # -- options -------------------------------------------------------------------------------------
@@ -48,14 +67,14 @@ def refused(job: Job, *words: str, code: int = 2) -> str:
         (("--hosts", "localhost:x"), ("--hosts", "localhost:x")),
         (("--hosts", "localhost:1,localhost:2"), ("localhost", "twice")),
         (("--env-file", "/no/such/file"), ("cannot read /no/such/file",)),
+        (("-H", "h1:8,h2:8"), ("cannot read h1:8,h2:8", "hosts themselves go after --hosts")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) and "-" in value[0] else "",
 )
 def test_a_wrong_option_is_named_with_what_was_found(
-    write: Write, launch: Launch, options: tuple[str, ...], words: tuple[str, ...]
+    write: Write, told: Told, options: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    script = write("train.py", "print('ran')\n")
-    refused(launch(*options, script), *words)
+    told([*options, write("train.py", "print('ran')\n")], words)
 
 
 def test_a_wrong_variable_is_named_as_the_variable(write: Write, launch: Launch) -> None:
@@ -88,11 +107,10 @@ def test_a_script_and_an_entry_together_are_refused(write: Write, launch: Launch
     ids=["duplicate", "empty", "no number", "unknown key", "open range"],
 )
 def test_an_unreadable_host_file_is_named_with_its_line(
-    write: Write, launch: Launch, text: str, words: tuple[str, ...]
+    write: Write, told: Told, text: str, words: tuple[str, ...]
 ) -> None:
-    hostfile = write("myhosts", text)
     script = write("train.py", "print('ran')\n")
-    refused(launch("--hostfile", hostfile, script), "myhosts", *words)
+    told(["--hostfile", write("myhosts", text), script], ["myhosts", *words])
 
 
 def test_a_missing_host_file_is_named(write: Write, launch: Launch) -> None:
@@ -140,10 +158,10 @@ GOOD_ROLE = '[roles.worker]\nentry = "program:run"\n'
     ],
 )
 def test_a_wrong_job_file_is_named_with_role_field_value_and_what_is_allowed(
-    write: Write, launch: Launch, text: str, words: tuple[str, ...]
+    write: Write, told: Told, text: str, words: tuple[str, ...]
 ) -> None:
     write("program.py", "def run(): pass\n")
-    refused(launch("--job", write("myjob.toml", text)), "myjob.toml", *words)
+    told(["--job", write("myjob.toml", text)], ["myjob.toml", *words])
 
 
 def test_every_mistake_of_a_job_file_is_told_at_once(write: Write, launch: Launch) -> None:
@@ -193,10 +211,11 @@ def test_an_entry_that_is_no_callable_is_refused_with_what_it_is(
     ids=["function", "keyword", "constructor"],
 )
 def test_an_entry_with_arguments_that_nobody_gives_is_refused(
-    write: Write, launch: Launch, body: str, words: tuple[str, ...]
+    write: Write, told: Told, body: str, words: tuple[str, ...]
 ) -> None:
-    write("program.py", f"open('started', 'w')\n{body}\n")
-    refused(launch("--job", write("job.toml", GOOD_ROLE)), "worker", "program:run", *words)
+    program = write("program.py", f"open('started', 'w')\n{body}\n")
+    told(["--job", write("job.toml", GOOD_ROLE)], ["worker", "program:run", *words])
+    assert not program.with_name("started").exists()
 
 
 def test_an_entry_without_a_name_behind_the_colon_is_refused(launch: Launch) -> None:

@@ -56,9 +56,12 @@ def run_program(
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("compression", ["none", pytest.param("gzip", marks=pytest.mark.long)])
-def test_of_hundreds_of_kills_none_leaves_a_torn_checkpoint_or_loses_a_durable_one(
-    tmp_path: Path, compression: str
+@pytest.mark.parametrize(
+    ("kills", "compression"),
+    [(100, "none"), *(pytest.param(200, how, marks=pytest.mark.long) for how in ("none", "gzip"))],
+)
+def test_of_many_kills_none_leaves_a_torn_checkpoint_or_loses_a_durable_one(
+    tmp_path: Path, kills: int, compression: str
 ) -> None:
     done = run_program(
         """
@@ -66,7 +69,7 @@ def test_of_hundreds_of_kills_none_leaves_a_torn_checkpoint_or_loses_a_durable_o
         durable, seen, killed_in_write = -1, 0, 0
         os.mkdir(path)
         check_all(CheckpointManager(path))  # imports all that a child will need
-        for kill in range(200):
+        for kill in range(int(sys.argv[3])):
             told, tell = os.pipe()
             child = os.fork()
             if child == 0:
@@ -97,12 +100,13 @@ def test_of_hundreds_of_kills_none_leaves_a_torn_checkpoint_or_loses_a_durable_o
         """,
         tmp_path / "checkpoints",
         compression,
+        kills,
     )
     assert done.returncode == 0, done.stderr
     durable, seen, killed_in_write = map(int, done.stdout.split())
-    assert durable > 50
+    assert durable > kills // 4
     assert seen >= 3
-    assert killed_in_write > 5, "the kills never met a write: the test shows nothing"
+    assert killed_in_write > kills // 40, "the kills never met a write: the test shows nothing"
 
 
 SAVE_TWO = """
@@ -134,16 +138,17 @@ def strace() -> None:
 def test_killed_at_each_of_its_system_calls_a_writer_leaves_only_whole_checkpoints(
     tmp_path: Path, strace: None, call: str
 ) -> None:
+    first, codes = tmp_path / "first", []
+    assert run_program("CheckpointManager(path).save_sync(content(1), 1)", first).returncode == 0
     for number in range(1, 6):
-        path = tmp_path / str(number)
-        assert run_program("CheckpointManager(path).save_sync(content(1), 1)", path).returncode == 0
+        path = shutil.copytree(first, tmp_path / str(number))
         inject = _strace("-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}")
-        done = run_program(SAVE_TWO, path, prefix=inject)
-        checked = run_program("print(*check_all(CheckpointManager(path)))", path)
-        assert checked.returncode == 0, checked.stderr
-        assert checked.stdout.split() in (["1"], ["1", "2"], ["2", "3"])
-        if done.returncode == 0:
-            assert checked.stdout.split() == ["2", "3"]
+        codes.append(run_program(SAVE_TWO, path, prefix=inject).returncode)
+    look = "for n in range(1, 6): print(*check_all(CheckpointManager(f'{path}/{n}')))"
+    checked = run_program(look, tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    for code, found in zip(codes, checked.stdout.splitlines(), strict=True):
+        assert found in (("2 3",) if code == 0 else ("1", "1 2", "2 3"))
 
 
 @pytest.mark.timeout(120)

@@ -113,11 +113,12 @@ def test_agents_answer_and_say_what_they_are_and_nothing_of_them_stays(
 ) -> None:
     hellos = dial("host1 host2 host3")["hellos"]
     assert list(hellos) == ["host1", "host2", "host3"]
-    for name, (_, hostname, python, torch, *_, addresses, problems, came_from) in hellos.items():
-        assert (hostname, python, problems) == (name, sys.version.split()[0], [])
-        assert torch == metadata.version("torch")
-        assert ["eth0", hosts.address(name)] in addresses
-        assert came_from == ("" if name == "host1" else hosts.address("host1"))
+    for name, hello in hellos.items():
+        assert (hello["hostname"], hello["problems"]) == (name, [])
+        assert hello["python"] == sys.version.split()[0]
+        assert hello["torch"] == metadata.version("torch")
+        assert ["eth0", hosts.address(name)] in hello["addresses"]
+        assert hello["ssh_client"] == ("" if name == "host1" else hosts.address("host1"))
     hosts.assert_empty()
 
 
@@ -172,11 +173,11 @@ def test_every_host_that_cannot_be_used_is_named_with_its_reason_all_at_once(
         "refused": "connect to host host2 port 2222: Connection refused",
         "unknown": "its host key is not known here: run `ssh unknown` once",
         "nameless": "Could not resolve hostname nameless",
-        "locked": "it asks for a password, no key opens it (Permission denied",
+        "locked": "no key opens it (nobody-of-that-name@host2: Permission denied",
         "bare": "has no interpreter /no/such/python",
         "file": f"cannot run its interpreter {no_program}",
         "older": f"python 3.10.1 there ({older}), but 3.11 here",
-        "host2": "no such directory: /tmp/only-here; no such file or directory: train.py",
+        "host2": "no such file or directory: /tmp/only-here; no such file or directory: train.py",
         "host3": f"torch 2.0.1 there, but {metadata.version('torch')} here; no such file or directory: train.py",
         "host4": "has no package runtime",
         "host5": "connect to host host5 port 22: Connection timed out",
@@ -204,6 +205,27 @@ def test_what_start_up_files_print_is_no_matter(hosts: Hosts, dial: Dial, tmp_pa
     said = dial("host2")
     assert "this machine is closed for repair" in said["failures"]["host2"]
     assert said["code"] == 2
+
+
+def test_a_question_that_a_start_up_file_asks_is_told(
+    hosts: Hosts, dial: Dial, tmp_path: Path
+) -> None:
+    (tmp_path / "bashrc").write_text("echo 'Which project? [a/b]'; read answer\n")
+    hosts.mount("host2", tmp_path / "bashrc", "/root/.bashrc")
+    said = dial("host2", timeout_s=3)
+    assert said["failures"]["host2"].startswith("no answer within 3 s (waited for ssh and ")
+    assert said["failures"]["host2"].endswith("; it said 'Which project? [a/b]')")
+
+
+def test_a_host_that_is_too_busy_to_let_us_in_is_dialled_again(
+    hosts: Hosts, dial: Dial, tmp_path: Path
+) -> None:
+    proxy = tmp_path / "proxy"
+    sshd = f"/usr/sbin/sshd -i -f /var/lib/testbed/{hosts.name}/sshd_config"
+    proxy.write_text(f"#!/bin/sh\nmkdir {tmp_path}/busy 2>/dev/null && exit\nexec {sshd}\n")
+    proxy.chmod(0o755)
+    hellos = dial("host2", ssh_args=("-o", f"ProxyCommand={proxy}"))["hellos"]
+    assert (list(hellos), (tmp_path / "busy").exists()) == (["host2"], True)
 
 
 @pytest.mark.parametrize("when", ["connecting", "logging in", "linked"])
@@ -236,9 +258,10 @@ def test_many_hosts_are_a_tree_and_who_cannot_be_reached_from_there_is_dialled_f
     hosts: Hosts, hold: Callable[..., Held]
 ) -> None:
     hosts.cut("host3", "host5")
-    held = hold("host1 host2 host3 host4 host5", tree_from=3, fan_out=2, timeout_s=12)
+    held = hold(" ".join(hosts.names), tree_from=5, fan_out=2, timeout_s=12)
     said = held.line()
-    through = {name: hello[-1] for name, hello in said["hellos"].items()}
+    assert "hellos" in said, said
+    through = {name: hello["ssh_client"] for name, hello in said["hellos"].items()}
     assert through == {
         "host1": "",
         "host2": hosts.address("host1"),
@@ -246,7 +269,8 @@ def test_many_hosts_are_a_tree_and_who_cannot_be_reached_from_there_is_dialled_f
         "host4": hosts.address("host2"),
         "host5": hosts.address("host1"),
     }
-    assert [hello[0] != 0 for hello in said["hellos"].values()] == [True, True, True, False, True]
+    with_process = [name for name, hello in said["hellos"].items() if hello["pid"]]
+    assert with_process == ["host1", "host2", "host3", "host5"]
     _guard, agent = sorted(commands(hosts, "host2", r"\S+ -c .*runtime\.agent"))
     os.kill(agent, signal.SIGKILL)
     ended = {line["ended"]: line for line in (held.line(), held.line())}
@@ -263,5 +287,5 @@ def test_in_a_tree_too_every_host_is_named(hosts: Hosts, dial: Dial) -> None:
     assert list(said["failures"]) == ["host2", "host3", "host4", "host5"]
     assert "Connection timed out" in said["failures"]["host2"]
     assert {said["failures"][name] for name in ("host3", "host4", "host5")} == {
-        "no such directory: /nope"
+        "no such file or directory: /nope"
     }

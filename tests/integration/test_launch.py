@@ -178,19 +178,19 @@ def test_a_port_range_is_kept_to(write: Write, launch: Launch) -> None:
     script = write("train.py", "import os\nprint(os.environ['MASTER_PORT'])\n")
     job = launch(*TWO, "--port-range", "24100:24110", script)
     assert job.wait() == 0, job.describe()
-    assert all(24100 <= int(port) < 24110 for port in said(job))
+    assert all(24100 <= int(port) <= 24110 for port in said(job))
 
 
 def test_a_job_starts_and_ends_in_little_more_than_its_interpreters(
     write: Write, launch: Launch
 ) -> None:
     script = write("train.py", "print('here')\n")
-    times = []
     for _ in range(3):
         job = launch("--nproc-per-node", "8", script)
         assert job.wait() == 0
-        times.append(job.seconds)
-    assert min(times) < 5.0, times  # a guard against waits; the benchmark knows the real number
+        if job.seconds < 5.0:  # a guard against waits; the benchmark knows the real number
+            return
+    raise AssertionError("three times in a row not within 5 s")
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

@@ -44,15 +44,16 @@ def log(job: Job, rank: int, stream: str = "stdout", attempt: int = 0) -> bytes:
 
 FLOOD = """
 import os, sys
-rank, n = os.environ["RANK"], int(sys.argv[1])
+rank, n, times = os.environ["RANK"], int(sys.argv[1]), int((sys.argv[2:] or "1")[0])
+text = "the quick brown fox jumps over the lazy dog" * times
 for i in range(n):
-    print(f"{rank}:{i:06d} the quick brown fox jumps over the lazy dog")
+    print(f"{rank}:{i:06d} {text}")
 """
 
 
-def flood(rank: int, count: int) -> list[bytes]:
+def flood(rank: int, count: int, times: int = 1) -> list[bytes]:
     """What `FLOOD` prints in this rank."""
-    text = "the quick brown fox jumps over the lazy dog"
+    text = "the quick brown fox jumps over the lazy dog" * times
     return [f"{rank}:{i:06d} {text}".encode() for i in range(count)]
 
 
@@ -220,11 +221,11 @@ def test_stdout_may_be_a_file(write: Write, launch: Launch, tmp_path: Path) -> N
 @pytest.mark.timeout(120)
 def test_a_slow_reader_holds_the_workers_up_and_loses_nothing(write: Write, launch: Launch) -> None:
     """40 MB that nobody reads for a while: the workers wait, and the launcher and agent do not grow."""
-    count = 350_000
-    job = launch(*TWO, write("train.py", FLOOD), str(count), read_output=False)
+    count, times = 35_000, 12
+    job = launch(*TWO, write("train.py", FLOOD), str(count), str(times), read_output=False)
     pipe = job.popen.stdout
     assert pipe is not None
-    time.sleep(4)
+    time.sleep(2)
     assert job.popen.poll() is None, "the job ended although nobody read its output"
     ours = [psutil.Process(job.pid), psutil.Process(job.agent().pid)]
     resident = {p.pid: p.memory_info().rss for p in ours}
@@ -235,7 +236,7 @@ def test_a_slow_reader_holds_the_workers_up_and_loses_nothing(write: Write, laun
         time.sleep(0.05)
     received += pipe.read()
     assert job.wait(60) == 0
-    assert lines_by_rank(bytes(received)) == {r: flood(r, count) for r in (0, 1)}
+    assert lines_by_rank(bytes(received)) == {r: flood(r, count, times) for r in (0, 1)}
     job.assert_nothing_left()
 
 

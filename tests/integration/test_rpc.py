@@ -120,12 +120,13 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 @pytest.mark.slow
-async def test_10000_calls_of_each_of_8_callers_get_their_own_answers(
-    peers: Peers, me: Endpoint
+@pytest.mark.parametrize("each", [1250, pytest.param(10_000, marks=pytest.mark.long)])
+async def test_thousands_of_calls_of_8_callers_get_their_own_answers(
+    peers: Peers, me: Endpoint, each: int
 ) -> None:
     callers = [f"p-{rank}" for rank in range(8)]
     peers.start(*callers, "p-8")
-    calls = [me.call(name, "ask_many", ("p-8", 10_000, 200), timeout=55) for name in callers]
+    calls = [me.call(name, "ask_many", ("p-8", each, 200), timeout=55) for name in callers]
     assert await asyncio.gather(*calls) == ["0 wrong"] * 8
 
 
@@ -135,10 +136,10 @@ async def test_64_mib_and_bfloat16_come_back_bit_for_bit(peers: Peers, me: Endpo
     peers.start("p-0")
     large = torch.arange(16 * 2**20, dtype=torch.int32).view(torch.float32).reshape(4096, -1)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    for method in ("echo", "plain"):
-        back = await me.call("p-0", method, ({"large": large, "all": every},), timeout=50)
-        assert torch.equal(back["large"].view(torch.int32), large.view(torch.int32))
-        assert back["large"].shape == large.shape
+    for method, first in (("echo", large), ("plain", large[:1000])):
+        back = await me.call("p-0", method, ({"first": first, "all": every},), timeout=50)
+        assert torch.equal(back["first"].view(torch.int32), first.view(torch.int32))
+        assert back["first"].shape == first.shape
         assert torch.equal(back["all"].view(torch.int16), every.view(torch.int16))
         assert back["all"].dtype is torch.bfloat16
 

@@ -21,16 +21,18 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import zmq
 from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
 
 from runtime.transport.base import Record
 from runtime.transport.link import SocketSettings
 from runtime.transport.security import Security
-from runtime.transport.sockets import SocketTransport, mint
+from runtime.transport.sockets import Authenticator, RouterSocket, SocketTransport, mint
 from runtime.wire import frames
 from tests.contracts.transport_contract import Inbox
 from tests.integration.support import strangers
@@ -92,10 +94,16 @@ async def test_with_the_jobs_public_key_but_another_of_his_own_nobody_is_let_in(
     (to,) = strangers.parse_all(transport.address)
     context = zmq.Context()
     for _ in range(3):
-        stranger = strangers.dealer(context, to, keys)
+        stranger = context.socket(zmq.DEALER)
+        monitor = stranger.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+        strangers.dial(stranger, to, keys)
         stranger.send_multipart(strangers.hello("x.1"))
         stranger.send_multipart([b"garbage"])
-        assert await asyncio.to_thread(stranger.poll, 200) == 0
+        assert await asyncio.to_thread(monitor.poll, 5000)
+        assert recv_monitor_message(monitor)["value"] == 400
+        assert await asyncio.to_thread(stranger.poll, 50) == 0
+        stranger.disable_monitor()
+        monitor.close(0)
         stranger.close(0)
     context.term()
     async with asyncio.timeout(5):
@@ -111,6 +119,47 @@ async def test_with_the_jobs_public_key_but_another_of_his_own_nobody_is_let_in(
     await transport.close()
 
 
+async def test_whoever_is_asked_for_is_answered_in_order_and_2000_a_second_at_most() -> None:
+    refused: list[str] = []
+    context = zmq.Context()
+    asked = Authenticator(context, KEYS, SimpleNamespace(refuse=refused.append))  # type: ignore[arg-type]
+    libzmq = context.socket(zmq.DEALER)
+    libzmq.connect("inproc://zeromq.zap.01")
+    who = [[b"CURVE", KEYS.public]] * 97 + [[b"CURVE", mint().public], [b"NULL"], [b"CURVE"]]
+    for number, words in enumerate(who):
+        head = [b"", b"1.0", b"%d" % number, b"job", b"10.0.0.9", b""]
+        libzmq.send_multipart([*head, *words])
+    began = asyncio.get_running_loop().time()
+    asked._answer()
+    answers = [libzmq.recv_multipart(zmq.NOBLOCK) for _ in range(20)]
+    assert libzmq.poll(0) == 0, "twenty at once"
+    assert asked._again is not None
+    assert asked._again.when() - began >= 0.01
+    answers += [await asyncio.to_thread(libzmq.recv_multipart) for _ in range(80)]
+    assert [(int(number), status) for _, _, number, status, *_ in answers] == [
+        (number, b"200" if number < 97 else b"400") for number in range(100)
+    ]
+    assert refused == ["10.0.0.9"] * 3
+    asked.close()
+    libzmq.close(0)
+    context.term()
+
+
+def test_where_nobody_can_be_asked_nobody_is_let_in() -> None:
+    context = zmq.Context()
+    bound = RouterSocket(context, SETTINGS)
+    friend = context.socket(zmq.DEALER)
+    monitor = friend.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    strangers.dial(friend, bound.bind(strangers.parse_all("tcp://127.0.0.1:0")[0]), KEYS)
+    assert monitor.poll(10_000)
+    assert recv_monitor_message(monitor)["event"] == zmq.EVENT_DISCONNECTED
+    friend.disable_monitor()
+    for one in (monitor, friend):
+        one.close(0)
+    bound.close(0.0)
+    context.term()
+
+
 async def test_a_crowd_that_comes_at_once_is_let_in_by_turns(
     visited: Visited, friend: Friend
 ) -> None:
@@ -119,7 +168,7 @@ async def test_a_crowd_that_comes_at_once_is_let_in_by_turns(
     for number, one in enumerate(crowd):
         one.send_multipart(strangers.hello(f"c.{number}"))
     for one in crowd:
-        assert await asyncio.to_thread(one.poll, 5000)
+        assert await asyncio.to_thread(one.poll, 20_000)
         assert frames.decode_batch(one.recv_multipart()).kind == frames.WELCOME
     assert (await friend.health())[:1] == ({},)
     for one in crowd:
@@ -140,7 +189,7 @@ async def test_a_port_tells_a_stranger_nothing_but_that_it_speaks_zeromq(
                 silent.sendall(sent)
                 began = time.monotonic()
                 assert len(_all(silent)) in (greeting, 0)  # a reset takes it back
-                assert time.monotonic() - began < HANDSHAKE_S + 1
+                assert time.monotonic() - began < HANDSHAKE_S + 4
         null = GREETING.replace(b"CURVE", b"NULL\0") + strangers.zmtp(4, b"\x05READY")
         for sent in ([b"GET / HTTP/1.1\r\n\r\n" * 9], [null], [GREETING, strangers._COMMANDS[0]]):
             assert len(strangers.visit_raw(visited.tcp, sent)) in (0, 10, 64)
@@ -188,9 +237,9 @@ async def test_links_go_on_while_strangers_use_up_all_file_descriptors(
         for _ in range(70):
             stack.enter_context(socket.create_connection(to))
         began = time.monotonic()
-        for _ in range(20):
+        for _ in range(5):
             assert await friend.ask(b"still there") == b"still there"
-        assert time.monotonic() - began < HANDSHAKE_S
+        assert time.monotonic() - began < HANDSHAKE_S, "they were all there meanwhile"
         await asyncio.sleep(2.5 * HANDSHAKE_S)  # until all of them had their turn
     after = await friend.rejected("no handshake", 70)
     assert (after.fds, after.known) == (before.fds, 1)

@@ -6,12 +6,14 @@ import csv
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -20,8 +22,8 @@ from tests.integration.support.job import ROOT, Job
 
 Launch = Callable[..., Job]
 
-STEPS = 60
-SETTINGS = {**FAST, "steps": STEPS, "print_every": 1, "checkpoint_every": 5}
+STEPS = FAST["steps"]
+SETTINGS = {**FAST, "print_every": 1}
 
 WITH_PIDS = """
 import os
@@ -77,16 +79,28 @@ def weights(out: Path) -> str:
     return (out / "weights.sha256").read_text().strip()
 
 
+class Undisturbed(NamedTuple):
+    """A run by the example's own command, to which nothing happened."""
+
+    out: Path
+    stdout: str
+    weights: str
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The weights of a run that nothing happened to."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     cwd = tmp_path_factory.mktemp("undisturbed")
-    job = Job(["--job", write_job(cwd, "out")], cwd=cwd)
-    try:
-        assert job.wait(120) == 0, job.describe()
-    finally:
-        job.close()
-    return weights(cwd / "out")
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "sft" / "run.py", "--fast", "--out", cwd / "out"],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (cwd / "curve.csv").exists()
+    return Undisturbed(cwd / "out", done.stdout, weights(cwd / "out"))
 
 
 def start(launch: Launch, cwd: Path, **settings: object) -> Job:
@@ -119,51 +133,42 @@ def resume(launch: Launch, cwd: Path) -> Job:
 
 
 @pytest.mark.timeout(240)
-def test_the_example_runs_from_its_own_command_and_writes_all_its_results(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "sft" / "run.py", "--fast", "--out", tmp_path / "out"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(
-        r"\[trainer 0\] step +40/40  loss \d\.\d+  [\d,]+ tokens/s  0:00 left", done.stdout
-    )
-    assert f"weights {weights(tmp_path / 'out')}" in done.stdout
-    (first, before), *_, (last, after) = curve(tmp_path / "out")
+def test_the_example_runs_from_its_own_command_and_writes_all_its_results(
+    undisturbed: Undisturbed,
+) -> None:
+    out, stdout, weights = undisturbed
+    assert re.search(r"\[trainer 0\] step +40/40  loss \d\.\d+  [\d,]+ tokens/s  0:00 left", stdout)
+    assert f"weights {weights}" in stdout
+    (first, before), *_, (last, after) = curve(out)
     assert (first, last) == (0, 40)
     assert before == pytest.approx(5.6, abs=0.2)
     assert after < 5.0
-    assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "curve.csv").exists()
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("actor", ["trainer.0", pytest.param("trainer.1", marks=pytest.mark.long)])
 def test_a_killed_trainer_costs_no_bit(
-    tmp_path: Path, launch: Launch, undisturbed: str, actor: str
+    tmp_path: Path, launch: Launch, undisturbed: Undisturbed, actor: str
 ) -> None:
     job = start(launch, tmp_path)
     at_a_random_step(job, seed=int(actor[-1]))
     os.kill(pid_of(job, actor), signal.SIGKILL)
     assert job.wait(120) == 0, job.describe()
     assert "restarting" in job.err
-    assert weights(tmp_path / "out") == undisturbed
+    assert weights(tmp_path / "out") == undisturbed.weights
     job.assert_nothing_left()
 
 
 @pytest.mark.timeout(240)
 def test_a_killed_evaluator_is_asked_again_and_costs_no_bit(
-    tmp_path: Path, launch: Launch, undisturbed: str
+    tmp_path: Path, launch: Launch, undisturbed: Undisturbed
 ) -> None:
     job = start(launch, tmp_path)
     at_a_random_step(job, seed=2)
     os.kill(pid_of(job, "evaluator.0"), signal.SIGKILL)
     assert job.wait(120) == 0, job.describe()
-    assert weights(tmp_path / "out") == undisturbed
+    assert weights(tmp_path / "out") == undisturbed.weights
     assert curve(tmp_path / "out")[-1][0] == STEPS
 
 
@@ -172,7 +177,7 @@ def test_a_killed_evaluator_is_asked_again_and_costs_no_bit(
     ("victim", "seed"), [("agent", 3), pytest.param("launcher", 4, marks=pytest.mark.long)]
 )
 def test_a_killed_job_goes_on_from_the_newest_checkpoint_with_the_same_bits(
-    tmp_path: Path, launch: Launch, undisturbed: str, victim: str, seed: int
+    tmp_path: Path, launch: Launch, undisturbed: Undisturbed, victim: str, seed: int
 ) -> None:
     job = start(launch, tmp_path)
     at_a_random_step(job, seed)
@@ -185,19 +190,18 @@ def test_a_killed_job_goes_on_from_the_newest_checkpoint_with_the_same_bits(
     first = re.search(rf"parameters, steps (\d+) to {STEPS}", resumed.out)
     assert first is not None
     assert int(first[1]) >= 5
-    assert weights(tmp_path / "out") == undisturbed
+    assert weights(tmp_path / "out") == undisturbed.weights
     steps = [step for step, _ in curve(tmp_path / "out")]
     assert (steps[0], steps[-1]) == (0, STEPS)
 
 
 @pytest.mark.timeout(240)
 def test_a_damaged_newest_checkpoint_is_passed_over(
-    tmp_path: Path, launch: Launch, undisturbed: str
+    tmp_path: Path, launch: Launch, undisturbed: Undisturbed
 ) -> None:
-    job = start(launch, tmp_path)
-    assert job.wait(120) == 0, job.describe()
+    shutil.copytree(undisturbed.out, tmp_path / "out")
     newest = tmp_path / "out" / "checkpoints" / f"checkpoint-{STEPS}.ckpt"
     newest.write_bytes(newest.read_bytes()[:-100])
     resumed = resume(launch, tmp_path)
     assert f"steps {STEPS - 5} to {STEPS}" in resumed.out
-    assert weights(tmp_path / "out") == undisturbed
+    assert weights(tmp_path / "out") == undisturbed.weights

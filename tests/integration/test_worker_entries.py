@@ -262,7 +262,7 @@ def test_data_loader_workers_have_no_node_and_leave_their_worker_alone(
 
         if __name__ == "__main__":
             runtime.barrier("before")
-            loader = DataLoader(Data(), batch_size=4, num_workers=2, multiprocessing_context={method!r})
+            loader = DataLoader(Data(), batch_size=4, num_workers=1, multiprocessing_context={method!r})
             print([batch.tolist() for batch in loader])
             runtime.barrier("after")
         """,

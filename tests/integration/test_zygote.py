@@ -61,7 +61,8 @@ def test_gloo_groups_and_ddp_work_and_both_start_methods_give_the_same(
     script = write("train.py", FORKED + GLOO + "print(how)\n")
     weights = {}
     for method, how in (("fork", "forked"), ("spawn", "execed")):
-        job = launch(*TWO, "--start-method", method, script)
+        preload = ("--preload", "torch,torch._dynamo")  # DDP imports the second
+        job = launch(*TWO, *preload, "--start-method", method, script)
         assert job.wait(120) == 0, job.describe()
         (weights[method],) = said(job) - {how}
         assert how in said(job), job.describe()
@@ -91,7 +92,7 @@ if __name__ == "__main__":
 def test_data_loaders_fork_and_spawn_their_workers_in_forked_workers(
     write: Write, launch: Launch
 ) -> None:
-    job = launch(*TWO, write("train.py", LOADER))
+    job = launch("--nproc-per-node", "1", write("train.py", LOADER))
     assert job.wait(120) == 0, job.describe()
     total = float(4 * sum(i * i for i in range(32)))
     assert said(job) == {f"fork {total}", f"spawn {total}"}, job.describe()
@@ -172,7 +173,7 @@ print(how, (x @ x).sum().item())
 """,
     )
     options = ("-x", "OMP_NUM_THREADS=2", "--preload", "torch,warm")
-    job = launch(*TWO, *options, script)
+    job = launch("--nproc-per-node", "1", *options, script)
     assert job.wait(120) == 0, job.describe()
     assert said(job) == {f"execed {900.0**3}"}, job.describe()
     told = [line for line in job.err.splitlines() if line.startswith("runtime:")]

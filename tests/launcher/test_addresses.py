@@ -150,6 +150,18 @@ def test_hosts_meet_in_the_network_that_most_of_them_have() -> None:
     assert addresses(hosts) == ["192.168.0.1", "192.168.0.2", "192.168.0.3"]
 
 
+def test_the_first_host_goes_where_most_of_the_others_are() -> None:
+    hosts = known(h1="10.1.0.1 10.2.0.1", h2="10.1.0.2", h3="10.2.0.3", h4="10.2.0.4")
+    assert addresses(hosts)[0] == "10.2.0.1"
+
+
+def test_an_address_is_as_quick_as_for_the_slowest_that_tries_it() -> None:
+    hosts = known(h1="10.1.0.1", h2="10.1.0.2 10.1.0.3", h3="10.1.0.5")
+    slow = Trial("h1", "h2", "10.1.0.2", 0.5)
+    chosen, _ = choose(hosts, [slow, *tried(hosts)])
+    assert chosen["h2"].address == "10.1.0.3"
+
+
 def test_of_two_networks_alike_the_quicker_one_is_taken_by_all() -> None:
     hosts = known(h1="10.1.0.1 10.2.0.1", h2="10.1.0.2 10.2.0.2", h3="10.2.0.3 10.1.0.3")
     assert addresses(hosts, eth0=0.02) == ["10.2.0.1", "10.2.0.2", "10.2.0.3"]
@@ -243,6 +255,19 @@ def test_a_host_that_is_reached_by_each_at_another_address_is_told_with_who_miss
             "no address of it is reached by all: 10.0.0.1 (eth0) from h3: network is unreachable, "
             "192.168.0.1 (eth1) from h2: no answer",
         )
+    ]
+
+
+def test_hosts_that_are_apart_are_told_in_order_each_with_its_own_reasons() -> None:
+    hosts = known(**{f"h{n}": f"10.0.0.{n} 10.1.0.{n}" for n in range(1, 6)})
+    missing = {"* 10.0.0.5": "refused", "* 10.1.0.5": "refused"}
+    missing |= {"h1 10.0.0.3": "late", "h2 10.0.0.3": "no answer", "h2 10.1.0.3": "no answer"}
+    assert failures(hosts, missing) == [
+        ("h3", "h2 cannot reach it (10.0.0.3 (eth0): no answer, 10.1.0.3 (eth1): no answer)"),
+        (
+            "h5",
+            "h1, h2, h3 and 1 others cannot reach it (10.0.0.5 (eth0): refused, 10.1.0.5 (eth1): refused)",
+        ),
     ]
 
 

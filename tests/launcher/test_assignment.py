@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,21 @@ def test_the_folder_above_goes_with_the_last_job(tmp_path: Path) -> None:
     assert (above / "two").exists()
     remove_job_dir(str(above / "two"))
     assert not above.exists()
+
+
+def test_what_dead_jobs_left_long_ago_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    above = tmp_path / f"runtime-{os.getuid()}"
+    for name in ("dead", "alive", "young"):
+        make_job_dir(str(above / name))
+    (above / "dead" / "other").write_text("")
+    with socket.socket(socket.AF_UNIX) as gone, socket.socket(socket.AF_UNIX) as listening:
+        gone.bind(str(above / "dead" / "agent"))
+        listening.bind(str(above / "alive" / "agent"))
+        listening.listen()
+        for name in ("dead", "alive"):
+            os.utime(above / name, (1.0, 1.0))
+        make_job_dir(str(above / "new"))
+    assert sorted(os.listdir(above)) == ["alive", "new", "young"]
 
 
 def test_a_folder_that_is_there_already_is_an_error_naming_it(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from runtime import __version__
 from runtime.errors import WireError
 from runtime.launcher.channel import Frame, Kind
-from runtime.launcher.greeting import Hello, check, describe, read_hello
+from runtime.launcher.greeting import Hello, ahead_s, check, describe, read_hello
 
 OWN = Hello("here", "3.11.7", "2.9.0", "0.1.0", 2, 8, 0)
 
@@ -78,7 +78,18 @@ def test_what_is_asked_for_and_lacks_is_named(tmp_path: Path) -> None:
         "no such file or directory: x.py",
         "no such file or directory: /no/dir",
     )
-    assert describe({"workdir": "/no/dir"}).problems == ("no such directory: /no/dir",)
+    assert describe({"workdir": "/no/dir"}).problems == ("no such file or directory: /no/dir",)
+    assert describe({"workdir": "/dev/null"}).problems == ("no directory: /dev/null",)
+    assert describe({"paths": ["/dev/null/x"]}).problems == ("not a directory: /dev/null/x",)
+
+
+@pytest.mark.parametrize(
+    ("clock", "ahead"), [(99.0, -1.0), (100.0, 0.0), (100.2, 0.0), (100.5, 0.0), (3700.5, 3600.0)]
+)
+def test_a_clock_that_cannot_be_right_is_told_by_how_much_at_least(
+    clock: float, ahead: float
+) -> None:
+    assert ahead_s(clock, 100.0, 100.5) == ahead
 
 
 def test_a_hello_comes_back_from_its_frame() -> None:

@@ -66,6 +66,9 @@ def test_a_list_of_hosts_is_read(text: str, hosts: list[Host]) -> None:
         ("gpu[]", "[] is no range"),
         ("gpu[1", "'gpu[1' is no host"),
         ("gpu[1-99999999]", f"[1-99999999] is more than {MAX_HOSTS} hosts"),
+        ("gpu[0-16384]", f"[0-16384] is more than {MAX_HOSTS} hosts"),
+        ("r[1-200]n[1-200]", f"[1-200] is more than {MAX_HOSTS} hosts"),
+        ("h1:\u0663", "slots must be a whole number of at least 1, not '\u0663'"),
         ("fe80::1", "slots must be a whole number of at least 1, not ':1'"),
     ],
 )
@@ -74,6 +77,13 @@ def test_a_wrong_list_is_refused_with_what_is_allowed(text: str, message: str) -
         f"--hosts {text!r}: {message}; "
         "allowed are HOST, HOST:SLOTS and USER@HOST, with ranges as gpu[01-04,07]"
     )
+
+
+def test_very_many_hosts_are_taken_for_a_mistake() -> None:
+    assert len(parse_hosts(f"n[1-{MAX_HOSTS}]")) == MAX_HOSTS
+    words = f"{MAX_HOSTS + 1} hosts, but at most {MAX_HOSTS} are allowed"
+    assert refused(f"n[1-{MAX_HOSTS}],head") == f"--hosts: {words}"
+    assert file_refused(f"n[1-{MAX_HOSTS}]\nhead") == [f"hosts.txt: {words}"]
 
 
 def test_a_host_named_twice_is_refused_naming_both_places() -> None:
@@ -85,9 +95,9 @@ def test_host_files_of_all_dialects_are_read() -> None:
     text = """
     # comment, trailing too
     worker-0 slots=8                 # DeepSpeed, Open MPI
-    worker-1 slots=4 max_slots=8
+    worker-1	slots = 4 max-slots=8
     worker-2:8                       # MPICH
-    user@worker-3 slots=8 port=2222 role=rollout addr=10.0.0.3 python=/opt/venv/bin/python
+    user@worker-3 slots=8 port=65535 role=rollout addr=10.0.0.3 python=/opt/venv/bin/python
     gpu[01-02] slots=8
     [fe80::1%ib0]:8
     plain
@@ -97,7 +107,7 @@ def test_host_files_of_all_dialects_are_read() -> None:
         Host("worker-1", 4),
         Host("worker-2", 8),
         Host(
-            "worker-3", 8, "10.0.0.3", "user", 2222, python="/opt/venv/bin/python", role="rollout"
+            "worker-3", 8, "10.0.0.3", "user", 65535, python="/opt/venv/bin/python", role="rollout"
         ),
         Host("gpu01", 8),
         Host("gpu02", 8),
@@ -108,6 +118,7 @@ def test_host_files_of_all_dialects_are_read() -> None:
 
 def test_every_wrong_line_of_a_host_file_is_named() -> None:
     text = "a slots=0\nb solts=2\n\nc:2 slots=2\na\nd port=99999\ng[1-2] addr=1.2.3.4\na slots=1 # x\nb x"
+    text += "\na\ne port=0\ne port=1 port=2\ne python="
     allowed = "allowed are slots=, max_slots=, port=, addr=, python=, role="
     assert file_refused(text) == [
         "hosts.txt:1: slots must be a whole number of at least 1, not '0' (in 'a slots=0')",
@@ -117,6 +128,10 @@ def test_every_wrong_line_of_a_host_file_is_named() -> None:
         "hosts.txt:7: addr= cannot be one address for several hosts (in 'g[1-2] addr=1.2.3.4')",
         "hosts.txt:8: a is named twice; first on line 5",
         f"hosts.txt:9: 'x': {allowed} (in 'b x')",
+        "hosts.txt:10: a is named twice; first on line 5",
+        "hosts.txt:11: port must be from 1 to 65535, not '0' (in 'e port=0')",
+        "hosts.txt:12: port is said twice (in 'e port=1 port=2')",
+        "hosts.txt:13: python is empty (in 'e python=')",
     ]
 
 
@@ -139,6 +154,7 @@ def test_include_keeps_hosts_and_slots_in_the_order_of_the_list() -> None:
     assert chosen(include="h2:0,2@h1") == [("h1", 4), ("h2", (0, 2))]
     assert chosen(include="g[01]:1@[fe80::1]:0") == [("g01", (1,)), ("fe80::1", (0,))]
     assert select_hosts(HOSTS, "h2:0,2")[0].slots == 2
+    assert select_hosts([Host("h1", 9)], "h1:8,1")[0].devices == (1, 8)
 
 
 def test_exclude_drops_hosts_and_slots() -> None:
@@ -154,6 +170,7 @@ def test_exclude_drops_hosts_and_slots() -> None:
         ("h1@h1:2", None, "--include h1@h1:2: h1 is named twice"),
         ("h1:4", None, "--include h1:4: h1 has no slot 4; it has 0 to 3"),
         ("h1:", None, "--include h1:: 'h1:' is not HOST or HOST:SLOT,SLOT (as h1@h2:0,2)"),
+        ("h1,h2", None, "--include h1,h2: 'h1,h2' is not HOST or HOST:SLOT,SLOT (as h1@h2:0,2)"),
         ("h1@", None, "--include h1@: '' is not HOST or HOST:SLOT,SLOT (as h1@h2:0,2)"),
         ("h1:,", None, "--include h1:,: 'h1:,' is not HOST or HOST:SLOT,SLOT (as h1@h2:0,2)"),
         ("g[2-1]", None, "--include g[2-1]: 'g[2-1]' is not HOST or HOST:SLOT,SLOT (as h1@h2:0,2)"),
@@ -186,7 +203,7 @@ def test_a_wrong_selection_is_refused(
     ],
 )
 def test_this_machine_is_known_by_its_names_and_addresses(name: str, local: bool) -> None:
-    assert is_local(name, ["node1.cluster.local", "10.0.0.7"]) is local
+    assert is_local(name, ["Node1.Cluster.local", "10.0.0.7"]) is local
 
 
 @pytest.mark.parametrize(
@@ -205,7 +222,10 @@ def test_a_host_is_local_by_its_address_too_but_only_one_can_be() -> None:
 
 
 _NAMES = st.lists(
-    st.from_regex(r"[a-z][a-z0-9]{0,6}(-[a-z0-9]{1,3})?", fullmatch=True), min_size=1, unique=True
+    st.from_regex(r"[a-z][a-z0-9]{0,6}(-[a-z0-9]{1,3})?", fullmatch=True),
+    min_size=1,
+    max_size=6,
+    unique=True,
 )
 
 

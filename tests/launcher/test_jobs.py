@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from runtime.errors import ConfigError, MisuseError
 from runtime.launcher import jobs
 from runtime.launcher.outcome import keep
-from runtime.launcher.records import JobEndpoint
+from runtime.launcher.records import Ended, JobEndpoint, JobHost, Way
 from runtime.launcher.report import Outcome
 
 KEYS = (b"\x01" * 32, b"\x02" * 32, frozenset((b"\x01" * 32,)))
@@ -29,10 +30,10 @@ def endpoint(job_id: str = "j1", **more: object) -> JobEndpoint:
     values: dict[str, object] = {
         "name": "train",
         "started": 100.0,
-        "hosts": ("h1", "h2"),
+        "hosts": (JobHost("h1", "/nowhere/logs"), JobHost("h2", "~/logs", local=False)),
         "peer": "@agent-0.ab",
     }
-    values |= {"address": "ipc:///nowhere/agent", "log_dir": "/nowhere/logs"}
+    values |= {"address": "ipc:///nowhere/agent"}
     return JobEndpoint(job_id, **{**values, **more})  # type: ignore[arg-type]
 
 
@@ -46,7 +47,11 @@ def listening(tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_registered_job_is_read_back_as_it_was(home: Path) -> None:
-    written = endpoint(security=KEYS, detached=True, shutdown_timeout_s=3.0, machine="m")
+    way = Way("/py", ("ssh", "--", "h2"))
+    host = JobHost("h2", "~/logs", (7, 99), (("t", 0), ("t", 1)), way, local=False)
+    written = endpoint(
+        security=KEYS, detached=True, shutdown_timeout_s=3.0, machine="m", hosts=(host,)
+    )
     jobs.register(written)
     assert jobs.read("j1") == written
     assert (home / "j1").stat().st_mode & 0o777 == 0o700
@@ -85,13 +90,37 @@ def test_what_belongs_to_another_user_is_refused(home: Path, what: str) -> None:
 
 
 def test_a_link_is_not_followed(home: Path, tmp_path: Path) -> None:
-    jobs.register(endpoint("j2"))
-    (home / "j1").mkdir(mode=0o700)
-    (home / "j1" / "endpoint.json").symlink_to(home / "j2" / "endpoint.json")
-    (home / "j3").symlink_to(home / "j2")
-    for name in ("j1", "j3"):
-        with pytest.raises(ConfigError):
-            jobs.read(name)
+    for name in ("j1", "j2"):
+        jobs.register(endpoint(name))
+        (home / name).rename(tmp_path / name)
+    (home / "j1").symlink_to(tmp_path / "j1")
+    (home / "j2").mkdir(mode=0o700)
+    (home / "j2" / "endpoint.json").symlink_to(tmp_path / "j2" / "endpoint.json")
+    with pytest.raises(ConfigError, match="j1 is not believed: it is no regular file or folder"):
+        jobs.read("j1")
+    with pytest.raises(ConfigError, match="Too many levels of symbolic links"):
+        jobs.read("j2")
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(home: Path) -> None:
+    jobs.register(endpoint())
+    (home / "j1" / "endpoint.json").unlink()
+    os.mkfifo(home / "j1" / "endpoint.json", 0o600)
+    with pytest.raises(ConfigError, match="it is no regular file"):
+        jobs.read("j1")
+
+
+def test_what_an_agent_says_before_it_has_a_log_is_for_this_user_only(
+    home: Path, tmp_path: Path
+) -> None:
+    os.close(jobs.open_log("j1"))
+    assert (home / "j1" / "agent.log").stat().st_mode & 0o777 == 0o600
+    assert (home / "j1").stat().st_mode & 0o777 == 0o700
+    (home / "j1" / "agent.log").unlink()
+    (home / "j1" / "agent.log").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="cannot write in"):
+        jobs.open_log("j1")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_file_that_was_put_into_the_folder_of_another_job_is_not_taken(home: Path) -> None:
@@ -101,9 +130,11 @@ def test_a_file_that_was_put_into_the_folder_of_another_job_is_not_taken(home: P
         jobs.read("j2")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"security": 3}', "{'a'"])
-def test_a_file_that_is_no_endpoint_says_so(home: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"security": 3}', "{'a'", None])
+def test_a_file_that_is_no_endpoint_says_so(home: Path, text: str | None) -> None:
     jobs.register(endpoint())
+    if text is None:
+        text = (home / "j1" / "endpoint.json").read_text().replace("100.0", '"yesterday"')
     (home / "j1" / "endpoint.json").write_text(text)
     with pytest.raises(ConfigError, match="is no endpoint file"):
         jobs.read("j1")
@@ -122,6 +153,13 @@ def test_a_job_is_found_by_id_by_prefix_by_name_and_as_the_newest(listening: str
         jobs.find("a-")
     with pytest.raises(MisuseError, match="no job 'c'"):
         jobs.find("c")
+
+
+def test_a_job_that_has_ended_does_not_run_whoever_listens_there_now(listening: str) -> None:
+    for job_id in ("a", "b"):
+        jobs.register(endpoint(job_id, address=listening))
+    jobs.remember(endpoint("a"), Outcome("finished"))
+    assert jobs.find("train").job_id == "b"
 
 
 def test_a_name_of_two_running_jobs_is_ambiguous(listening: str) -> None:
@@ -154,7 +192,7 @@ def test_a_port_that_listens_answers() -> None:
 def test_how_a_job_ended_is_found_in_its_logs_or_beside_its_endpoint(
     home: Path, tmp_path: Path
 ) -> None:
-    job = endpoint(log_dir=str(tmp_path))
+    job = endpoint(hosts=(JobHost("h1", str(tmp_path)),))
     jobs.register(job)
     assert jobs.outcome(job) is None
     keep(Outcome("host_lost", "j1", log_dir=str(home / "j1")), job.peer)
@@ -168,8 +206,26 @@ def test_how_a_job_ended_is_found_in_its_logs_or_beside_its_endpoint(
     again = job._replace(peer="@agent-0.cd")
     jobs.register(again)
     assert jobs.outcome(again) is None, "that was an earlier job of the id"
-    (tmp_path / "outcome.json").write_text("{")
-    assert jobs.outcome(job) is None
+
+
+def test_what_a_host_told_of_the_end_is_remembered_with_its_time(home: Path) -> None:
+    job = endpoint()
+    jobs.register(job)
+    jobs.remember(job, Outcome("host_lost", "j1", log_dir="/there"), 1234.5)
+    jobs.remember(job, Outcome("finished"), 2345.0)
+    assert jobs.outcome(job) == Ended(Outcome("host_lost", "j1", log_dir="/there"), 1234.5)
+
+
+def test_jobs_that_do_not_answer_are_waited_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(job: JobEndpoint) -> bool:
+        time.sleep(0.2)
+        return job.job_id == "j3"
+
+    monkeypatch.setattr(jobs, "answers", answers)
+    known = [endpoint(f"j{number}") for number in range(10)]
+    started = time.monotonic()
+    assert [job.job_id for job in jobs.running(known)] == ["j3"]
+    assert time.monotonic() - started < 1.0
 
 
 def test_old_jobs_are_forgotten_unless_they_run(home: Path, listening: str) -> None:
@@ -191,4 +247,4 @@ def test_the_file_is_json_that_others_can_learn_from(home: Path) -> None:
     jobs.register(endpoint(security=KEYS))
     record = json.loads((home / "j1" / "endpoint.json").read_text())
     assert record["security"] == ["01" * 32, "02" * 32]
-    assert record["hosts"] == ["h1", "h2"]
+    assert [host["name"] for host in record["hosts"]] == ["h1", "h2"]

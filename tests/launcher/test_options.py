@@ -310,3 +310,9 @@ def test_any_command_line_is_read_or_refused_in_words(argv: list[str], env: dict
         assert words.strip()
     else:
         assert found.help or (found.entry is None) == (found.job_file is not None)
+
+
+def test_a_home_is_found_where_the_shell_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    options = parse_options(["--workdir=~/x", "--sync=~/y", "t.py"], {})
+    assert (options.workdir, options.sync) == ("/home/me/x", "/home/me/y")

@@ -328,7 +328,7 @@ def test_the_command_line_beats_the_job_file() -> None:
 
 
 def test_env_files_hold_assignments() -> None:
-    text = "# c\nA=1\nexport B='x y'\nC=\"q # q\"\nD = a=b # note\n\nE="
+    text = "# c\nA=1\nexport B='x y' # it's\nC=\"q # q\"\nD = a=b # note\n\nE="
     assert parse_env_file(text, "f") == {"A": "1", "B": "x y", "C": "q # q", "D": "a=b", "E": ""}
     with pytest.raises(ConfigError) as raised:
         parse_env_file("A\n1B=2\nRANK=0\nOK=1", "f")

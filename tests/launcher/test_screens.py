@@ -7,12 +7,19 @@ import json
 import pytest
 
 from runtime.launcher import report, screens
-from runtime.launcher.records import Ended, HostStatus, JobEndpoint, JobStatus, WorkerStatus
+from runtime.launcher.records import (
+    Ended,
+    HostStatus,
+    JobEndpoint,
+    JobHost,
+    JobStatus,
+    Missing,
+    WorkerStatus,
+)
 from runtime.launcher.screens import Listed
 
-JOB = JobEndpoint(
-    "2026-ab", "train", 1000.0, ("h1", "h2"), "@agent-0.1", "ipc:///x", "/logs/2026-ab"
-)
+HOSTS = tuple(JobHost(name, "/logs/2026-ab") for name in ("h1", "h2"))
+JOB = JobEndpoint("2026-ab", "train", 1000.0, HOSTS, "@agent-0.1", "ipc:///x")
 
 
 def worker(rank: int, state: str = "running", **more: object) -> WorkerStatus:
@@ -42,7 +49,7 @@ def test_a_status_names_the_job_its_hosts_and_each_worker() -> None:
     text = screens.status_text(status(worker(0), worker(1, "failed", pid=None, cause="SIGKILL"),
                                       hosts=hosts), 1065.0)  # fmt: skip
     assert "job 2026-ab (train): running for 1 min 5 s\n" in text
-    assert "logs       /logs\n" in text
+    assert "logs       /logs on each host\n" in text
     assert "h2                     does not answer" in text
     assert "t-0     h1    7    running\n" in text
     assert "t-1     h1         failed   SIGKILL\n" in text
@@ -52,6 +59,13 @@ def test_a_status_names_the_job_its_hosts_and_each_worker() -> None:
 def test_columns_that_have_nothing_to_say_are_left_out() -> None:
     assert "step" not in screens.status_text(status(worker(0)), 1000.0)
     assert "step" in screens.status_text(status(worker(0, step=3)), 1000.0)
+
+
+def test_what_one_types_is_never_cut() -> None:
+    listed = [Listed(JOB._replace(job_id="20261122-051122-ab12", name="a" * 30), "finished")]
+    lines = screens.list_text(listed, 1000.0 + 7500, 60).splitlines()
+    assert lines[1].split("  ")[0] == "20261122-051122-ab12"
+    assert max(map(len, lines)) <= 60
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
@@ -88,9 +102,22 @@ def test_what_is_left_to_say_of_an_ended_job() -> None:
     assert (finished.stage, finished.exit_code, finished.reason) == ("finished", 0, "")
     stopped = screens.ended_status(JOB, Ended(report.Outcome("interrupted"), 1010.0))
     assert (stopped.exit_code, stopped.reason) == (130, "stopped by Ctrl-C")
-    lost = screens.ended_status(JOB, None)
-    assert (lost.stage, lost.exit_code) == ("lost", None)
+    lost = screens.ended_status(JOB, Missing("lost", "gone"))
+    assert (lost.stage, lost.exit_code, lost.reason) == ("lost", None, "gone")
     assert "lost\n" in screens.status_text(lost, 2000.0)
+
+
+def test_a_failed_job_is_told_as_its_launcher_would_have() -> None:
+    failure = report.WorkerFailure("t", 1, "h2", 7, code=3, last_lines=("boom",), log_dir="/l/t/1")
+    outcome = report.Outcome("failed", "2026-ab", failures=(failure,))
+    text = screens.ended_text(JOB, Ended(outcome, 1010.0), 1070.0, 60)
+    assert "job 2026-ab (train): failed 1 min 0 s ago\n" in text
+    assert "hosts      h1, h2\n" in text
+    assert text.endswith("\n" + report.failure_box(outcome, 60))
+    assert text.count("exit code  3\n") == text.count("boom") == 1
+    stopped = report.Outcome("stopped", "2026-ab", detail="by me")
+    text = screens.ended_text(JOB, Ended(stopped, 1010.0), 1070.0)
+    assert "reason     by me\nexit code  143\n" in text
 
 
 def test_a_status_can_be_json() -> None:

@@ -23,7 +23,7 @@ from runtime.launcher.plan import Host, Launch, Plan
 from runtime.launcher.report import Outcome, exit_code, failure_box
 from runtime.launcher.session import Session
 from runtime.launcher.spawn import Exit
-from tests.launcher.test_outcome import BASE, LINES, end, failure
+from tests.launcher.test_outcome import BASE, end, failure
 
 pytestmark = pytest.mark.looptime
 
@@ -37,9 +37,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class FakeAgent:
     """An agent as its link shows it: `told` is what it was sent, `says` sends an event up."""
 
+    held, late_s, via = False, 0.0, ""
+
     def __init__(self, host: Host) -> None:
         self.host, self.local, self.pid = host, host.local, 0
-        self.channel, self.hello = self, None
+        self.channel, self.hello, self.way = self, None, None
         self.told: list[dict[str, Any]] = []
         self.job: Assignment | None = None
         self.exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
@@ -118,10 +120,14 @@ class Played:
 
 @asynccontextmanager
 async def play(
-    *names: str, local: bool = False, silence_s: float = 5.0, detached: Sequence[str] = ()
+    *names: str,
+    local: bool = False,
+    silence_s: float = 5.0,
+    detached: Sequence[str] = (),
+    started: bool = True,
 ) -> AsyncIterator[Played]:
     """Run a session on hosts of these names beside the block; it must end soon after that. `detached`: the
-    workers of a job that it is to leave when they run."""
+    workers of a job that it is to leave when they run; `started`: all agents have been heard of."""
     hosts = tuple(Host(name, 1, local=local) for name in names)
     launches = tuple(Launch(names[0], name, 0, 0, (), {}) for name in detached)
     plan = Plan("job-1", JobSpec("train", {}), hosts, launches)
@@ -132,6 +138,8 @@ async def play(
     ]
     assignments = [replace(a, detached=bool(detached)) for a in assignments]
     agents = [FakeAgent(host) for host in hosts]
+    for agent in agents if started else ():
+        agent.says("pong")
     session = Session(agents, assignments)  # type: ignore[arg-type]
     played = Played(agents, session)
     async with asyncio.TaskGroup() as group:
@@ -150,7 +158,7 @@ def _obliging(agent: FakeAgent) -> None:
         if message["op"] == "ping":
             agent.says("pong")
         elif message["op"] == "leave":
-            agent.says("end", failures=[], lost="")
+            agent.says("end", lost="")
             agent.dies()
 
     agent.answers = answers
@@ -161,7 +169,7 @@ async def test_all_hosts_get_their_job_and_hear_where_the_control_plane_is() -> 
         for agent in job.agents:
             _obliging(agent)
         where = {"address": "tcp://10.0.0.1:7", "log_dir": "/logs/job-1"}
-        job.agents[0].says("listening", peer="@agent-0.x", **where)
+        job.agents[0].says("listening", peer="@agent-0.x", process=(7, 99), **where)
         await asyncio.sleep(0.1)
         assert [a.job and a.job.host for a in job.agents] == ["h1", "h2", "h3"]
         assert [a.ops() for a in job.agents] == [[], ["control"], ["control"]]
@@ -171,6 +179,8 @@ async def test_all_hosts_get_their_job_and_hear_where_the_control_plane_is() -> 
     assert job.agents[2].ops() == ["control", "leave"]
     registered = await asyncio.to_thread(jobs.read, "job-1")
     assert registered.address == "tcp://10.0.0.1:7"
+    assert registered.names == ["h1", "h2", "h3"]
+    assert registered.hosts[0][1:3] == ("/logs/job-1", (7, 99))
     ended = await asyncio.to_thread(jobs.outcome, registered)
     assert ended is not None, "the launcher says so where it cannot read the logs"
     assert ended.stage == "finished"
@@ -179,7 +189,7 @@ async def test_all_hosts_get_their_job_and_hear_where_the_control_plane_is() -> 
 async def test_a_detached_job_is_left_when_all_its_workers_run_and_all_hosts_know() -> None:
     async with play("h1", "h2", detached=("a-0", "a-1")) as job:
         where = {"address": "tcp://10.0.0.1:7", "log_dir": "/logs/job-1"}
-        job.agents[0].says("listening", peer="@agent-0.x", **where)
+        job.agents[0].says("listening", peer="@agent-0.x", process=(7, 99), **where)
         for pid in (1, 2):  # it was restarted: that counts once
             job.agents[0].says("started", name="a-0", pid=pid)
         await asyncio.sleep(0.1)
@@ -204,16 +214,6 @@ async def test_a_detached_job_that_fails_in_its_start_says_how() -> None:
     assert job.code == 3
 
 
-async def test_the_last_lines_are_those_of_the_host_of_the_failure() -> None:
-    async with play("h1", "h2") as job:
-        other = failure(lines=LINES, folder="/there/1", host="h2")
-        job.agents[1].says("end", failures=[other], lost="")
-        job.ends_with(3, failure(host="h2"))
-    assert job.code == 3
-    assert "boom" in job.box
-    assert "logs       /there/1" in job.box
-
-
 async def test_a_link_that_ends_is_told_to_the_first_agent_with_its_reason() -> None:
     async with play("h1", "h2", "h3") as job:
         _obliging(job.agents[0])
@@ -234,7 +234,7 @@ async def test_a_link_that_ends_is_told_to_the_first_agent_with_its_reason() -> 
 async def test_an_agent_that_is_cut_off_is_told_to_the_first_one() -> None:
     async with play("h1", "h2") as job:
         _obliging(job.agents[0])
-        job.agents[1].says("end", failures=[], lost="h2 lost the control plane on h1: silence")
+        job.agents[1].says("end", lost="h2 lost the control plane on h1: silence")
         await asyncio.sleep(0.1)
         (lost,) = [m for m in job.agents[0].told if m["op"] == "lost"]
         assert lost["why"] == "h2 lost the control plane on h1: silence"
@@ -262,8 +262,9 @@ async def test_an_agent_of_this_machine_that_is_killed_is_named_with_the_signal(
     assert "its agent killed by SIGKILL" in job.box
 
 
-async def test_a_host_without_a_sign_of_life_is_given_up_after_the_timeout() -> None:
-    async with play("h1", "h2", silence_s=5) as job:
+@pytest.mark.parametrize("local", [False, True])
+async def test_a_host_without_a_sign_of_life_is_given_up_after_the_timeout(local: bool) -> None:
+    async with play("h1", "h2", local=local, silence_s=5) as job:
         _obliging(job.agents[0])
         began = asyncio.get_running_loop().time()
         await asyncio.wait({job.agents[1].exit})
@@ -272,6 +273,31 @@ async def test_a_host_without_a_sign_of_life_is_given_up_after_the_timeout() -> 
         (lost,) = [m for m in job.agents[0].told if m["op"] == "lost"]
         assert (lost["node_rank"], lost["why"]) == (1, "no sign of life for 5 s")
         job.ends_with(69, reason="h2")
+
+
+async def test_a_host_whose_words_wait_behind_those_of_another_is_not_silent() -> None:
+    async with play("h1", "h2", silence_s=5) as job:
+        _obliging(job.agents[0])
+        job.agents[1].held = True
+        await asyncio.sleep(20)
+        job.agents[1].held = False
+        await asyncio.sleep(4)
+        assert "lost" not in job.agents[0].ops()
+        _obliging(job.agents[1])
+        job.ends_with(0)
+
+
+async def test_who_carries_links_is_missed_before_those_whose_links_it_carries() -> None:
+    async with play("h1", "h2", "h3", silence_s=5) as job:
+        _obliging(job.agents[0])
+        job.agents[1].late_s, job.agents[1].via = 2.0, " (by way of h3)"
+        await asyncio.wait({job.agents[1].exit})
+        assert job.agents[2].exit.done()
+        await asyncio.sleep(0.1)
+        lost = [(m["node_rank"], m["why"]) for m in job.agents[0].told if m["op"] == "lost"]
+        silent = "no sign of life for 5 s"
+        assert lost == [(2, silent), (1, f"{silent} (by way of h3)")]
+        job.ends_with(69, reason="h3")
 
 
 async def test_a_host_of_which_nonsense_comes_is_given_up() -> None:
@@ -285,11 +311,20 @@ async def test_a_host_of_which_nonsense_comes_is_given_up() -> None:
         job.ends_with(69, reason="host h2 was lost", lost=[1])
 
 
-async def test_agents_of_this_machine_are_not_pinged() -> None:
-    async with play("a", "b", local=True) as job:
+async def test_a_first_agent_of_this_machine_that_hangs_does_not_keep_the_others() -> None:
+    async with play("h1", "h2", local=True, silence_s=5, started=False) as job:
         _obliging(job.agents[1])
         await asyncio.sleep(20)
-        assert [a.told for a in job.agents] == [[], []]
+        assert not job.agents[0].exit.done(), "its interpreter may take its time"
+        job.agents[0].says("pong")
+        await asyncio.wait({job.agents[0].exit})
+    assert "host h1, which held the control plane, was lost: no sign of life for 5 s" in job.box
+
+
+async def test_the_agent_of_a_job_of_this_machine_alone_is_not_pinged() -> None:
+    async with play("a", local=True) as job:
+        await asyncio.sleep(20)
+        assert job.agents[0].told == []
         job.ends_with(0)
 
 

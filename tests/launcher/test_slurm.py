@@ -51,9 +51,31 @@ def test_who_says_where_is_not_overruled(given: dict[str, object]) -> None:
     assert slurm.is_meant(options(**given), TASK) is False
 
 
+def test_a_host_file_goes_before_the_allocation() -> None:
+    assert slurm.is_meant(RUN, BATCH)
+    assert not slurm.is_meant(options(hostfile="hosts.txt"), BATCH)
+
+
+def test_who_is_in_an_allocation_submits_nothing() -> None:
+    assert slurm.is_to_submit(options(launcher="slurm"), {})
+    assert not slurm.is_to_submit(options(launcher="slurm"), BATCH)
+    assert not slurm.is_to_submit(RUN, {})
+
+
 def test_hosts_slurm_outside_an_allocation_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--hosts slurm: this is no Slurm allocation"):
         hosts({}, hosts="slurm")
+
+
+def test_an_allocation_of_several_parts_is_refused_with_the_hosts_to_name() -> None:
+    env = {f"SLURM_JOB_NODELIST_HET_GROUP_{n}": hosts for n, hosts in enumerate(("a", "b[1-2]"))}
+    with pytest.raises(
+        ConfigError, match=r"say --hosts a,b\[1-2\] --launcher ssh, or --standalone"
+    ):
+        hosts(env)
+    with pytest.raises(ConfigError, match="heterogeneous"):
+        hosts(env, hosts="slurm")
+    assert [local for _, _, local in hosts(env, standalone=True)] == [True]
 
 
 def test_nnodes_takes_the_first_nodes() -> None:
@@ -82,7 +104,7 @@ def test_workers_per_node_that_are_said_are_not_held_to_slurms_tasks() -> None:
     assert [slots for _, slots, _ in hosts(env, nproc_per_node=8)] == [8, 8, 8, 8]
 
 
-@pytest.mark.parametrize("text", ["2(x3)", "", "2(x3),x", "5"])
+@pytest.mark.parametrize("text", ["2(x3)", "", "2(x3),x", "5", "2(x5)"])
 def test_task_counts_that_do_not_fit_the_nodes_are_refused(text: str) -> None:
     env = {**BATCH, "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": text}
     with pytest.raises(ConfigError, match=r"SLURM_TASKS_PER_NODE=.* nodes, but .*login names 4"):
@@ -126,6 +148,7 @@ def test_a_worker_does_not_hear_which_task_its_agent_is() -> None:
         ({"launcher": "ssh"}, BATCH, "ssh"),
         ({"hosts": "gpu02:4,gpu03:4"}, BATCH, "srun"),
         ({"hosts": "gpu02:4,elsewhere:4"}, BATCH, "ssh"),
+        ({"hosts": "localhost:1,gpu02:4"}, BATCH, "srun"),
         ({"hosts": "gpu02:4"}, {}, "ssh"),
     ],
 )

@@ -14,6 +14,7 @@ from runtime.launcher.ssh import (
     Failure,
     LastWords,
     forwarded,
+    is_busy,
     marked_version,
     remote_command,
     ssh_argv,
@@ -59,9 +60,11 @@ def test_a_name_that_looks_like_an_option_is_none() -> None:
     assert words.index("--") == words.index("-oProxyCommand=x") - 1
 
 
-def test_the_command_starts_with_exec_so_that_no_shell_stays() -> None:
+def test_the_command_starts_with_exec_and_finds_the_home_there() -> None:
     words = shlex.split(remote_command("/opt/my python", "pass", "f00"))
     assert words[:6] == ["exec", "sh", "-c", 'exec "$0" "$@"', "/opt/my python", "-c"]
+    words = shlex.split(remote_command("~/my py", "pass", "f00"))
+    assert words[:5] == ["exec", "sh", "-c", 'exec "$HOME/$0" "$@"', "my py"]
     words = shlex.split(remote_command("python", "pass", "f00", [("PYTHONPATH", "/my libs")]))
     assert words[:5] == ["exec", "env", "PYTHONPATH=/my libs", "sh", "-c"]
 
@@ -110,10 +113,16 @@ _CHANGED = "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @"
          "its host key is not known here: run `ssh h1` once, or add it to known_hosts", True),
         (words(255, _CHANGED, "Host key verification failed."), "its host key is not the one that is known here: another machine answers, or it was set up anew", True),
         (words(255, "me@h1: Permission denied (publickey,password)."),
-         "it asks for a password, no key opens it (Permission denied (publickey,password)): use ssh-agent or a key without a passphrase", True),
+         "no key opens it (me@h1: Permission denied (publickey,password)): use ssh-agent or a key without a passphrase", True),
+        (words(255, "channel 0: open failed: connect failed: No route to host", "stdio forwarding failed",
+               "kex_exchange_identification: Connection closed by remote host", "Connection closed by UNKNOWN port 65535"),
+         "channel 0: open failed: connect failed: No route to host", True),
+        (words(255, "kex_exchange_identification: read: Connection reset by peer"), "kex_exchange_identification: read: Connection reset by peer", True),
         (words(255), "ssh gave up without a word", True),
         (words(0, signal="SIGKILL"), "ssh was ended by SIGKILL", True),
         (words(127, "sh: 1: exec: /py: not found"), "has no interpreter /py (--python, or python= in the host file)", False),
+        (words(127, "/py: error while loading shared libraries: libpython3.11.so.1.0: cannot open"),
+         "cannot run its interpreter /py: /py: error while loading shared libraries: libpython3.11.so.1.0: cannot open", False),
         (words(126, "sh: 1: exec: /py: Permission denied"), "cannot run its interpreter /py: sh: 1: exec: /py: Permission denied", False),
         (words(1, "Traceback", "ModuleNotFoundError: No module named 'runtime'"), "has no package runtime: neither in /src nor installed for /py", False),
         (words(1, "Traceback", "ModuleNotFoundError: No module named 'msgpack'"), "has no package msgpack for /py", False),
@@ -127,3 +136,16 @@ def test_every_ending_has_its_reason_in_one_line(
     ending: LastWords, reason: str, unreachable: bool
 ) -> None:
     assert why("h1", ending, "/py", "/src") == Failure("h1", reason, unreachable)
+
+
+@pytest.mark.parametrize(
+    ("reason", "busy"),
+    [
+        ("Connection reset by 10.0.0.1 port 22", True),
+        ("Connection closed by UNKNOWN port 65535", True),
+        ("kex_exchange_identification: read: Connection reset by peer", True),
+        ("connect to host h1 port 22: Connection refused", False),
+    ],
+)
+def test_a_host_that_turns_us_away_before_it_knows_us_may_be_busy(reason: str, busy: bool) -> None:
+    assert is_busy(Failure("h1", reason, unreachable=True)) == busy

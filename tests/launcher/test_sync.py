@@ -23,6 +23,7 @@ def test_stamps_are_of_files_and_links_below_a_folder_which_is_made(tmp_path: Pa
     (folder / "sub" / "a.py").write_text("123")
     os.utime(folder / "sub" / "a.py", (100, 100.9))
     (folder / "link").symlink_to("sub")
+    os.mkfifo(folder / "pipe")
     found = stamps(str(folder))
     assert found["sub/a.py"] == [3, 100]
     assert set(found) == {"sub/a.py", "link"}

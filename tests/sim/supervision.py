@@ -103,8 +103,7 @@ class Job:
         chance = self.random.random()
         op = "stop" if chance < 0.12 else "kill" if chance < 0.2 else ""
         if op and self.umpire.begun:
-            seen = {"seen": self.wall} if op == "stop" or self.random.random() < 0.5 else {}
-            outside = {"op": op, "reason": "Ctrl-C", "code": 130, **seen}
+            outside = {"op": op, "reason": "Ctrl-C", "code": 130}
             self.world.later(self.random.random() * 0.5, self._tell, self.world.agents[0], outside)
 
     @property

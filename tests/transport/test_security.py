@@ -12,6 +12,7 @@ def test_keys_are_new_each_time_and_allow_their_own_owners_only() -> None:
     keys, others = mint(), mint()
     assert len({keys.public, keys.secret, others.public, others.secret}) == 4
     assert {len(key) for key in (keys.public, keys.secret)} == {32}
+    assert keys.allowed == {keys.public}
     assert keys.admits(b"CURVE", keys.public)
     assert not keys.admits(b"CURVE", others.public)
     assert not keys.admits(b"CURVE", b"")

@@ -199,6 +199,7 @@ async def test_nothing_goes_over_tcp_without_keys(directory: Path) -> None:
         (plain, "", "is not encrypted: this process has no keys"),
         (plain, f"?key={KEYS.public.hex()}", "is encrypted, and this process has no keys"),
         (SETTINGS, "", "is not encrypted: this address has no key"),
+        (replace(SETTINGS, insecure=True), "", "is not encrypted: this address has no key"),
     ):
         transport = SocketTransport("a.1", f"ipc://{directory}/a", settings)
         await transport.start(Inbox())
@@ -226,7 +227,7 @@ async def test_a_filter_that_would_let_in_nobody_or_everybody_is_refused(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 async def test_addresses_of_both_kinds_may_be_let_in(host: str, directory: Path) -> None:
-    settings = replace(SETTINGS, accept_from=("127.0.0.1", "::1", "fe80::1%lo"))
+    settings = replace(SETTINGS, accept_from=("127.0.0.1", "::1", "fe80::1%of-another"))
     where = f"[{host}]" if ":" in host else host
     a, b = (SocketTransport(f"{n}.1", f"tcp://{where}:0", settings) for n in "ab")
     inbox = Inbox(echo)

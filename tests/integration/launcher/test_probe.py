@@ -51,7 +51,8 @@ async def linked(host: Host, addresses: Sequence[str], body=agent) -> AsyncItera
     (down, to), (by, up) = os.pipe(), os.pipe()
     link = AgentLink(host, await Channel.open(by, to))
     found = tuple((f"eth{number}", address) for number, address in enumerate(addresses))
-    link.hello = Hello(host.name, "3.11", None, "0", 1, 1, 0, found, (), "10.9.9.9")
+    came_from = "10.9.9.9" if host.name == "h1" else "UNKNOWN"  # by a pipe
+    link.hello = Hello(host.name, "3.11", None, "0", 1, 1, 0, addresses=found, ssh_client=came_from)
     channel = await Channel.open(down, up)
 
     async def run() -> None:
@@ -84,6 +85,8 @@ async def test_each_host_gets_the_address_that_the_others_reach() -> None:
     assert found.address == {"h1": "127.0.1.1", "h2": "127.0.1.2", "h3": "127.0.1.3"}
     assert found.interface == {"h1": "eth0", "h2": "eth0", "h3": "eth0"}
     assert found.accept_from == ("127.0.1.1", "10.9.9.9", "127.0.1.2", "127.0.1.3")
+    assert not found.wished
+    assert (await chosen(("127.0.0.0/8",), h1="127.0.1.1", h2="127.0.1.2")).wished
 
 
 async def test_ipv6_and_ipv4_are_tried_alike() -> None:
@@ -131,6 +134,17 @@ async def test_the_name_of_a_host_decides_between_its_addresses() -> None:
         ]
         found = await choose_addresses(links)
     assert found.address == {"h1": "127.0.3.1", "127.0.3.2": "127.0.3.2"}
+
+
+async def test_what_addr_says_goes_before_the_network_of_the_others() -> None:
+    async with (
+        linked(Host("h1", addr="127.0.3.1", local=False), ["127.0.1.1", "127.0.3.1"]) as first,
+        linked(Host("h2", local=False), ["127.0.1.2"]) as second,
+    ):
+        found = await choose_addresses([first, second])
+        secrets = [survey._Survey([first, second], (), None)._secrets[h] for h in ("h1", "h2")]
+    assert found.address == {"h1": "127.0.3.1", "h2": "127.0.1.2"}
+    assert len({*secrets, bytes(32)}) == 3, "drawn for each host"
 
 
 @pytest.mark.parametrize(
@@ -185,6 +199,12 @@ async def test_a_stranger_gets_no_byte_and_is_let_go_at_the_end(said: bytes) -> 
     writer.close()
 
 
+def test_only_figures_are_addresses_so_that_no_resolver_is_waited_for() -> None:
+    assert probe._numeric("127.0.0.1", 7)[1] == ("127.0.0.1", 7)
+    with pytest.raises(OSError):
+        probe._numeric("localhost", 7)
+
+
 async def test_only_who_gives_the_right_answer_is_taken_for_the_host() -> None:
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(await reader.read(16))
@@ -202,13 +222,13 @@ async def test_only_who_gives_the_right_answer_is_taken_for_the_host() -> None:
             ("nobody", NOBODYS, 1, secret),
             ("scope", "fe80::1%nosuch0", 1, secret),
         ]
-        trials = {host: rest for host, *rest in await probe._try_all(targets, 0.2)}
+        trials = {host: rest for host, *rest in await probe._try_all(targets, 0.5)}
         other.close()
         closed.close()
     address, seconds, reason = trials.pop("right")
     assert (address, reason) == ("127.0.1.1", "")
     assert seconds is not None
-    assert seconds < 0.2
+    assert seconds < 0.5
     assert {host: reason for host, (_, _, reason) in trials.items()} == {
         "wrong": "somebody else answers",
         "echo": "somebody else answers",

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgpack
 import pytest
 
 from runtime.launcher import spawn
@@ -101,6 +102,27 @@ async def test_letting_go_of_a_link_ends_its_input_and_its_process() -> None:
         assert await other.receive() == Frame(Kind.STDOUT, b"still there")
 
 
+async def test_killing_a_link_ends_a_process_that_does_not_heed_its_input() -> None:
+    async with ends() as both:
+        link = await both.dial(sh("echo runtime-agent f00 3.11.7; exec sleep 600"))
+        link.kill()
+        async with asyncio.timeout(1):
+            assert await link.receive() is None
+            assert await link.ended() == spawn.Exit(signal=9)
+        await until(lambda: not both.relay.pids, timeout=1.5)
+
+
+async def test_a_link_that_is_let_go_lets_go_of_those_that_go_through_it() -> None:
+    async with ends() as both:
+        link = await both.dial(sh(CAT))
+        link.channel = below = Trunk("h2", link)
+        await below.start()
+        further = below.dial(Host("h3", local=False), sh(CAT), "f00")
+        await link.close()
+        assert await further.receive() is None
+        assert not below.running
+
+
 async def test_when_the_agent_is_gone_its_links_are_lost_and_say_through_whom() -> None:
     async with ends() as both:
         link = await both.dial(sh(CAT))
@@ -138,25 +160,44 @@ async def test_a_relay_waits_for_the_links_that_it_carries() -> None:
         assert await link.ended() == spawn.Exit(0)
 
 
-async def test_what_nobody_reads_is_held_back_at_its_source() -> None:
-    frames = 3_000
+def flood(frames: int) -> list[str]:
     script = (
         "import sys; from runtime.launcher.channel import pack, Kind; print('runtime-agent f00 3.11.7', flush=True);"
         f"[sys.stdout.buffer.write(pack(Kind.STDOUT, bytes(50_000))) for _ in range({frames})]"
     )
+    return [sys.executable, "-c", script]
+
+
+async def test_what_nobody_reads_is_held_back_at_its_source() -> None:
+    frames = 3_000
     async with ends() as both:
-        link = await both.dial([sys.executable, "-c", script])
-        await asyncio.sleep(0.5)
-        assert link._waiting.qsize() <= 256
+        link, other = await both.dial(flood(frames)), await both.dial(sh(CAT))
+        await until(lambda: link._waiting.qsize() == 256)
+        assert both.trunk.held, "the agent cannot be heard"
+        assert other.held, "nor can those whose links it carries"
         count = 0
         async with asyncio.timeout(20):
             while await link.receive() is not None:
                 count += 1
         assert count == frames
+        assert not both.trunk.held
 
 
+async def test_what_still_comes_of_a_link_that_was_let_go_stops_nobody() -> None:
+    async with ends() as both:
+        link, other = await both.dial(flood(1_000_000)), await both.dial(sh(CAT))
+        await until(lambda: link._waiting.qsize() == 256)
+        link.kill()
+        other.send(Kind.STDOUT, b"still there")
+        async with asyncio.timeout(5):
+            assert await other.receive() == Frame(Kind.STDOUT, b"still there")
+
+
+@pytest.mark.parametrize(
+    ("kind", "garbage"), [(Kind.RELAY, b"?"), (Kind.EVENT, msgpack.packb({"event": "hung up"}))]
+)
 async def test_what_is_no_frame_ends_the_trunk_and_what_has_no_link_is_dropped(
-    caplog: pytest.LogCaptureFixture,
+    kind: Kind, garbage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with ends() as both:
         link = await both.dial(sh(CAT))
@@ -164,6 +205,8 @@ async def test_what_is_no_frame_ends_the_trunk_and_what_has_no_link_is_dropped(
         both.relay.send(Kind.RELAY, b"\0\x63\4from nobody")
         link.send(Kind.STDOUT, b"x")
         assert await link.receive() == Frame(Kind.STDOUT, b"x")
-        both.relay.send(Kind.RELAY, b"?")
+        both.relay.send(kind, garbage)
         assert await link.receive() is None
+        assert await both.trunk.receive() is None
+        assert await both.trunk.receive() is None, "whoever asks again hears it again"
         assert "no frame" in caplog.text

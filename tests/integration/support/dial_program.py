@@ -44,7 +44,9 @@ async def main() -> None:
         failures = {failure.host: failure.reason for failure in error.failures}
         say(failures=failures, code=error.code, seconds=time.monotonic() - started, text=str(error))
         return
-    hellos = {link.host.name: [link.pid, *(link.hello or ())] for link in links}
+    hellos = {
+        link.host.name: {"pid": link.pid, **link.hello._asdict()} for link in links if link.hello
+    }
     say(hellos=hellos, seconds=time.monotonic() - started)
     if sys.argv[3:] == ["hold"]:
         watches = [asyncio.get_running_loop().create_task(watch(link)) for link in links]

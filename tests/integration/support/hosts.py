@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,26 @@ def find_testbed() -> Path | None:
 
 
 class Hosts:
-    """The hosts "host1" to "host5". Every command is bounded, and one that fails says what it printed."""
+    """The hosts "host1", "host2" ... Every command is bounded, and one that fails says what it printed."""
 
-    def __init__(self, command: Path, share: list[Path]) -> None:
+    def __init__(self, command: Path, share: list[Path], count: int = _COUNT) -> None:
         self._command = command
-        self.name = f"rt{os.getpid()}"
+        self.name = f"rt{os.getpid()}n{count}"
         self._env = {"TESTBED": self.name, "TESTBED_NET": os.environ.get("TESTBED_NET", "10.88.0")}
-        self.names = tuple(f"host{number}" for number in range(1, _COUNT + 1))
+        self.names = tuple(f"host{number}" for number in range(1, count + 1))
         self._share = [word for path in share for word in ("--share", str(path))]
         self._touched: set[str] = set()
 
     def up(self) -> None:
-        self._run("up", str(_COUNT), *self._share)
+        self._run("up", str(len(self.names)), *self._share)
+        for host in self.names:
+            self._plain_login(host)
+
+    def _plain_login(self, host: str) -> None:
+        """This machine's own start-up file is not run there: one of pyenv's takes a lock in the home that all hosts
+        share, which a host that loses its power keeps."""
+        words = "test ! -e ~/.bashrc || mount --bind /dev/null ~/.bashrc"
+        self.exec(host, "sh", "-c", words)
 
     def down(self) -> None:
         self._run("down")
@@ -111,6 +120,7 @@ class Hosts:
     def boot(self, host: str) -> None:
         """Power on. What the host had in /tmp is still there."""
         self._run("boot", host)
+        self._plain_login(host)
 
     def delay(self, host: str, *words: str) -> None:
         """What the host receives comes late or not at all: "20ms", "5ms", "loss", "1%"; or "off"."""
@@ -201,12 +211,19 @@ class Hosts:
 @pytest.fixture(scope="session")
 def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """The testbed of this test run, without anything put right between tests."""
+    with make_testbed(tmp_path_factory.getbasetemp()) as hosts:
+        yield hosts
+
+
+@contextmanager
+def make_testbed(scratch: Path, count: int = _COUNT) -> Iterator[Hosts]:
+    """A testbed of so many hosts, which share the folder `scratch`."""
     command = find_testbed()
     need(os.geteuid() == 0, "to run as root")
     need(command is not None, "the testbed (shared/testbed beside the project)")
     assert command is not None
-    scratch = tmp_path_factory.getbasetemp()
-    hosts = Hosts(command, [ROOT, scratch, *([Path(sys.prefix)] if _in_tmp(sys.prefix) else [])])
+    share = [ROOT, scratch, *([Path(sys.prefix)] if _in_tmp(sys.prefix) else [])]
+    hosts = Hosts(command, share, count)
     try:
         hosts.up()
         yield hosts

@@ -154,6 +154,12 @@ def message(draw: random.Random) -> list[bytes]:
 def dealer(context: zmq.Context[Any], to: Address, keys: Security | None) -> zmq.Socket[Any]:
     """Connected with these keys; to ipc:// without any."""
     made = context.socket(zmq.DEALER)
+    dial(made, to, keys)
+    return made
+
+
+def dial(made: zmq.Socket[Any], to: Address, keys: Security | None) -> None:
+    """As `dealer`, with a socket that is there already."""
     made.setsockopt(zmq.LINGER, 2000)
     made.setsockopt(zmq.SNDHWM, 0)
     if keys is not None:
@@ -161,7 +167,6 @@ def dealer(context: zmq.Context[Any], to: Address, keys: Security | None) -> zmq
         made.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
         made.setsockopt(zmq.CURVE_SERVERKEY, to.key)
     made.connect(to.endpoint)
-    return made
 
 
 def visit_raw(to: Address, sent: list[bytes]) -> bytes:

@@ -233,6 +233,9 @@ class Listener(Router):
         if link is not None:
             self._said_bye(link, batch)
             return
+        if batch.kind == frames.BYE:  # libzmq has connected again: the hello went by a connection that was lost
+            self._turn_away(route, "")
+            return
         if batch.kind != frames.HELLO:
             raise WireError("no hello", f"kind {batch.kind} came first")
         peer, wanted, name = texts(batch, 3)
@@ -264,7 +267,10 @@ class Listener(Router):
             super().reject(link, route, error)
             return
         self.hub.count_rejected(repr(route), error)
-        if self._answer(route, frames.BYE, str(error)):
+        self._turn_away(route, str(error))
+
+    def _turn_away(self, route: bytes, why: str) -> None:
+        if self._answer(route, frames.BYE, why):
             self.links[route] = None
 
     def _answer(self, route: bytes, kind: int, text: str) -> bool:

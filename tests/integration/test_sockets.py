@@ -256,6 +256,24 @@ async def test_garbage_ends_that_connection_only_and_is_counted(
     await friend.close()
 
 
+async def test_a_good_bye_whose_hello_was_lost_with_a_connection_is_no_breach(
+    peer: tuple[SocketTransport, Inbox], stranger: Stranger, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport, inbox = peer
+    stranger.socket.send_multipart(
+        [bytes(part) for part in frames.encode_batch([Record(b"closed by the peer")], frames.BYE)]
+    )
+    assert (await stranger.answer()).kind == frames.BYE
+    stranger.socket.send_multipart(_hello("x.1"))
+    again = Stranger(transport.address)
+    again.socket.send_multipart(_hello("x.1"))
+    assert (await again.answer()).kind == frames.WELCOME  # the first is ignored from then on
+    again.close()
+    await inbox.until(lambda: inbox.lost)
+    assert transport.statistics().rejected == {}
+    assert caplog.records == []
+
+
 async def test_a_link_that_turns_bad_is_lost_and_what_follows_is_ignored(
     peer: tuple[SocketTransport, Inbox], stranger: Stranger
 ) -> None:

@@ -116,10 +116,8 @@ class _Agent:
             with suppress(TimeoutError):
                 async with asyncio.timeout(patience_s or None):
                     frame = await self._told_job(channel)
-            if (
-                frame is not None and frame.kind is Kind.COMMAND
-            ):  # "idle": we only carry others' links
-                frame = await self._channel.receive()
+            if frame is not None and frame.kind is Kind.COMMAND:
+                frame = await self._channel.receive()  # "idle": we only carry others' links
             if frame is not None and frame.kind is Kind.JOB:
                 assignment = _on_this_host(pickle.loads(frame.body), self._greeted)
                 work = self._adopt if assignment.embedded else self._job

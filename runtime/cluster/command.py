@@ -261,9 +261,7 @@ class Follower(Service):
     async def _tell_gone(self, cause: str, others_s: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(others_s):
-                await (
-                    self._directed.wait()
-                )  # the first agent has heard why, or lost the launcher, too
+                await self._directed.wait()  # by now the first agent knows why, or has lost it, too
         await self.ask("membership", {"op": "gone", "cause": cause})
 
     async def _leave(self, reason: str, grace_s: float, **more: Any) -> None:

@@ -365,7 +365,7 @@ class Session(aio.Service):
 
     def _outcome(self) -> report.Outcome:
         plan = self._settings.plan
-        folder = os.path.join(self._settings.log_dir, plan.job_id)
+        folder = self._settings.log_folder
         base = report.Outcome(
             "finished", plan.job_id, plan.job.name, log_dir=folder, restarts=self._restarts
         )

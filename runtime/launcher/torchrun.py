@@ -104,9 +104,8 @@ def _where_mpirun_is(env: Mapping[str, str], rank: int, size: int) -> tuple[str,
     """The addresses of mpirun's own host, if rank 0 is there, which it alone knows."""
     if _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", size) == size:
         return ("localhost",)
-    mpirun = env.get(
-        "OMPI_MCA_orte_hnp_uri", ""
-    )  # "123.0;tcp://10.0.0.1,10.1.0.1:4000;tcp6://[...]:4001"
+    # "123.0;tcp://10.0.0.1,10.1.0.1:4000;tcp6://[...]:4001"
+    mpirun = env.get("OMPI_MCA_orte_hnp_uri", "")
     found = [uri.partition("://")[2].rpartition(":")[0] for uri in mpirun.split(";")[1:]]
     # Every host has a daemon, and that of mpirun's own is mpirun itself.
     elsewhere = rank == 0 and env.get("OMPI_MCA_orte_local_daemon_uri") != mpirun

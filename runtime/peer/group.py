@@ -24,6 +24,8 @@ from runtime.peer.method import rpc_name
 from runtime.peer.sequence import FutureSequence, Part, piece_check
 from runtime.wire.codec import Encoded, encode_arguments
 
+_AGAIN: Mapping[str, Any] = {"retry": 5, "idempotent": True}
+
 
 class RoleGroup(Sequence[RoleActor]):
     """The members of one role or of several, in rank order: `RoleGroup("actor")`, or
@@ -261,22 +263,22 @@ class RoleGroup(Sequence[RoleActor]):
         return FutureSequence(self._endpoint, name, parts, together, self._return_exceptions)
 
     def wait_ready(self, timeout: float | None = None) -> None:
-        """Return once every member answers calls. Raises `Timeout` naming who does not yet, and what
-        calls raise. Blocks: on the peer loop, await `wait_ready_async`."""
+        """Return once every member answers calls, one that dies and is started again from its next start. Raises
+        `Timeout` naming who does not yet, and what calls raise. Blocks: on the peer loop, await `wait_ready_async`."""
         if self._endpoint.mailbox.on_loop_thread():
             raise MisuseError(
                 f"{self!r}.wait_ready() would block the peer loop's own thread; use "
                 "`await group.wait_ready_async()` there"
             )
         try:
-            self.options(timeout=timeout).call(PING).result()
+            self.options(timeout=timeout, **_AGAIN).call(PING).result()
         except CallGroupError as error:
             raise self._not_ready(error, timeout) from error
 
     async def wait_ready_async(self, timeout: float | None = None) -> None:
         """`wait_ready`, awaited."""
         try:
-            await self.options(timeout=timeout).call(PING)
+            await self.options(timeout=timeout, **_AGAIN).call(PING)
         except CallGroupError as error:
             raise self._not_ready(error, timeout) from error
 

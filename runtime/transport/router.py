@@ -233,8 +233,8 @@ class Listener(Router):
         if link is not None:
             self._said_bye(link, batch)
             return
-        if batch.kind == frames.BYE:  # libzmq has connected again: the hello went by a connection that was lost
-            self._turn_away(route, "")
+        if batch.kind == frames.BYE:
+            self._turn_away(route, "")  # its hello was lost with the connection before this one
             return
         if batch.kind != frames.HELLO:
             raise WireError("no hello", f"kind {batch.kind} came first")

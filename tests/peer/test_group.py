@@ -15,7 +15,7 @@ from runtime.errors import CallGroupError, MisuseError, PeerLostError, Timeout
 from runtime.peer import context
 from runtime.peer.group import RoleGroup
 from runtime.peer.method import rpc
-from tests.peer.support import World, settle, until
+from tests.peer.support import SLOW_WIRE, World, settle, until, world
 from tests.peer.workers import FEW_S, blocking, handlers, worker
 
 
@@ -235,6 +235,19 @@ async def test_ready_is_when_every_member_answers(job: World) -> None:
     job.directory.stopped("other-0", "exit 1", for_good=True)
     with pytest.raises(PeerLostError, match="exit 1"):
         await blocking(RoleGroup("other").wait_ready, 0.05)
+
+
+async def test_a_member_that_dies_and_is_started_again_is_waited_for() -> None:
+    async with world(SLOW_WIRE, driver=1, w=2) as job:
+        job.install(await job.start("driver-0"))
+        for rank in range(2):
+            await job.start(f"w-{rank}")
+        await RoleGroup("w").wait_ready_async(FEW_S)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(RoleGroup("w").wait_ready_async(FEW_S))
+            await settle()  # it has been asked, and cannot have heard it
+            await job.kill(worker(job, 1))
+            await job.start("w-1")
 
 
 async def test_groups_reach_a_restarted_member_without_being_built_anew(job: World) -> None:

@@ -201,6 +201,7 @@ class Supervisor(aio.Service):
                 task.cancel()
             elif process := self._processes.get(name):
                 process.watch.send_signal(signal.SIGTERM)
+                process.watch.send_signal(signal.SIGCONT)  # a stopped one could not heed it
                 process.kill_timer = loop.call_later(grace_s, self._kill, name)
 
     def _kill(self, name: str) -> None:

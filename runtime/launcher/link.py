@@ -111,7 +111,7 @@ class AgentLink:
         """Start `argv`, whose standard input and output are to become the frames. Raises `OSError`."""
         (down, to), (by, up), (heard, err) = os.pipe(), os.pipe(), os.pipe()
         try:
-            pid = spawn.start(argv, streams=spawn.Streams(down, up, err))
+            pid = spawn.start(argv, streams=spawn.Streams(down, up, err), tied=True)
         except OSError:
             for fd in (to, by, heard):
                 os.close(fd)

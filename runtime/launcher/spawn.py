@@ -116,13 +116,22 @@ def start(
     cwd: str | None = None,
     streams: Streams = INHERIT,
     pass_fds: Sequence[int] = (),
+    tied: bool = False,
 ) -> int:
-    """Start a program in a session of its own and give its pid, which the caller must wait for.
+    """Start a program in a session of its own and give its pid, which the caller must wait for. `tied`: it is killed
+    when the calling thread ends.
 
     Raises `OSError` (with the program's or the directory's name) when it cannot be started.
     """
+    parent = os.getpid()
+
+    def tie() -> None:
+        if not die_with_parent(parent):
+            os._exit(1)
+
     process = subprocess.Popen(
         argv,
+        preexec_fn=tie if tied else None,
         env=None if env is None else dict(env),
         cwd=cwd,
         stdin=subprocess.DEVNULL if streams.stdin is None else streams.stdin,

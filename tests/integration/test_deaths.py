@@ -323,6 +323,16 @@ def test_an_agent_that_hangs_does_not_keep_a_launcher_that_is_told_to_kill(
     job.assert_nothing_left()
 
 
+def test_a_worker_that_is_stopped_ends_with_the_others(write: Write, launch: Launch) -> None:
+    fails = "if rank == 0:\n    os.kill(int(pathlib.Path('pid.1.0').read_text()), 19)\n    sys.exit(3)\n"
+    waits = "while rank == 0 and not pathlib.Path('pid.1.0').exists():\n    time.sleep(0.01)\n"
+    job = launch(
+        *TWO, write("train.py", f"{WRITE_PID}import sys, time\n{waits}{fails}time.sleep(600)")
+    )
+    assert job.wait(8) == 3, "without the ten seconds that those have who do not heed SIGTERM"
+    job.assert_nothing_left()
+
+
 def test_a_killed_zygote_does_not_disturb_the_job(write: Write, launch: Launch) -> None:
     body = WRITE_PID + (
         "import time\n"

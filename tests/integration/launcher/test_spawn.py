@@ -66,6 +66,22 @@ async def test_the_end_of_a_process_is_told_once_with_its_status(code: str, exit
     assert told == [exit]
 
 
+async def test_what_is_tied_to_us_does_not_outlive_us() -> None:
+    code = (
+        "from runtime.launcher import spawn; import time\n"
+        "print(spawn.start(['sleep', '60'], tied=True), flush=True); time.sleep(60)"
+    )
+    read, write = os.pipe()
+    watch = Watch(start(code, streams=Streams(stdout=write)), lambda *_: None)
+    os.close(write)
+    with os.fdopen(read) as said:
+        tied = int(await asyncio.to_thread(said.readline))
+    watch.kill()
+    await ended(watch)
+    await until(lambda: spawn.look_at(tied) is None or is_zombie(tied))
+    spawn.reap_orphans(known=[])
+
+
 async def test_the_end_is_seen_within_milliseconds() -> None:
     seen: list[float] = []
     watch = Watch(start("import time; time.sleep(60)"), lambda *_: seen.append(time.monotonic()))

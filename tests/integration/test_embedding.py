@@ -367,6 +367,16 @@ def test_srun_on_two_hosts_needs_nothing(hosts: Hosts, write: Write) -> None:
     hosts.assert_empty()
 
 
+def test_mpirun_on_two_hosts_needs_nothing(hosts: Hosts, write: Write) -> None:
+    need(shutil.which("mpirun"), "openmpi-bin")
+    script = write("train.py", PLAIN)
+    words = ("mpirun", "--allow-run-as-root", "--host", "host1,host2", "-n", "2")
+    told = ("-x", "OMP_NUM_THREADS=1", "-x", "PYTHONPATH")
+    done = hosts.exec("host1", *words, *told, sys.executable, script, timeout=120)
+    assert "RESULT [0, 1] host1 host2" in done.stdout.splitlines(), done.stdout + done.stderr
+    hosts.assert_empty()
+
+
 def test_the_example_trains_under_torchrun_and_asks_all_ranks(outside: Outside) -> None:
     script = ROOT / "examples" / "torchrun" / "train.py"
     outside.start(*TORCHRUN, "--standalone", "--nproc-per-node=2", script)

@@ -66,7 +66,7 @@ def test_each_attempt_of_a_gang_has_a_new_port_and_the_same_ranks(
         """
         import os, sys, time
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-        print(attempt, os.environ["RANK"], os.environ["MASTER_PORT"])
+        print(f"{attempt} {os.environ['RANK']} {os.environ['MASTER_PORT']}")  # one write, or none
         if attempt != "2":
             if os.environ["RANK"] == "1":
                 os.kill(os.getpid(), 9)

@@ -422,12 +422,12 @@ def test_one_ctrl_c_lets_the_workers_leave_and_ends_with_130(write: Write, launc
 def test_one_ctrl_c_says_whom_it_waits_for_and_kills_them_in_the_end(
     write: Write, launch: Launch
 ) -> None:
-    job = launch(*TWO, "--shutdown-timeout", "2", write("train.py", HALF_STUBBORN))
+    job = launch(*TWO, "--shutdown-timeout", "3", write("train.py", HALF_STUBBORN))
     job.wait_for_text("ready", 2)
     asked = time.monotonic()
     job.signal(signal.SIGINT)
     assert job.wait(15) == 130
-    assert 1.5 < time.monotonic() - asked < 6
+    assert 2.5 < time.monotonic() - asked < 7
     waited = [line for line in said(job).splitlines() if "waiting" in line]
     assert any("trainer-1" in line or "trainer 1" in line for line in waited), job.describe()
     assert not any("trainer-0" in line or "trainer 0" in line for line in waited[-1:])

@@ -60,6 +60,7 @@ INSIDE = """
         thread.start()
         thread.join()
 """
+# Ranks share their output: a line is one write.
 RESTARTED = """
     import os, signal, sys, runtime
     import torch, torch.distributed as dist
@@ -91,7 +92,7 @@ RESTARTED = """
             try:
                 RoleGroup("default")[rank].call(die, how).result(20)
             except PeerLostError as lost:
-                print("LOST", attempt, lost.rank, lost.cause, flush=True)
+                os.write(1, f"LOST {attempt} {lost.rank} {lost.cause}\\n".encode())
         signal.pause()
 
     match attempt:
@@ -99,7 +100,7 @@ RESTARTED = """
         case 1: kill(0, "SIGKILL")
         case 2: kill(1, "SIGKILL")
     barrier("end", timeout=20)
-    print("DONE", me.rank, attempt, flush=True)
+    os.write(1, f"DONE {me.rank} {attempt}\\n".encode())
 """
 
 
@@ -242,7 +243,7 @@ def test_the_agent_outlives_the_rank_that_started_it_and_ranks_outlive_the_agent
         try:
             RoleGroup("default")[0].call(die).result(20)
         except PeerLostError as lost:
-            print("LOST", lost.rank, lost.cause, flush=True)
+            os.write(1, f"LOST {lost.rank} {lost.cause}\\n".encode())
         kv.put("still", "here")
         try:
             barrier("never", timeout=20)
